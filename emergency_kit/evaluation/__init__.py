@@ -1,0 +1,1 @@
+"""Evaluation: the test split answered and scored, the tuned model beside its base."""

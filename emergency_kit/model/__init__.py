@@ -1,0 +1,1 @@
+"""Model: the base model, in whichever precision and on whichever device, with or without adapters."""

@@ -1,0 +1,106 @@
+"""The backend on transformers, PEFT and, for 4-bit, bitsandbytes: any device.
+
+Base weights stand in the compute type or in NF4, adapter weights in float32 (float16 and bfloat16
+adapters lose small updates). Not run here: NF4 on a GPU, see docs/Training.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import logging
+
+from emergency_kit.config import LoraSection, ModelSection
+from emergency_kit.errors import ModelError
+from emergency_kit.model.backend import Loaded, base_name, pick_attention, pick_device, pick_dtype
+
+
+def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradient_checkpointing: bool, seed: int) -> Loaded:
+    """Base model plus new LoRA adapters, adapters in float32."""
+    dtype = pick_dtype(model, device)
+    options: dict[str, Any] = {}
+    if model.load_in_4bit:
+        if importlib.util.find_spec("bitsandbytes") is None:
+            raise ModelError("model.load_in_4bit needs the package bitsandbytes; next: pip install '.[gpu]', or --set model.load_in_4bit=false")
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                                            bnb_4bit_compute_dtype=dtype)
+    loaded = load_model(base_name(model), model, dtype, kind="base", **options)
+    base = loaded.model
+    base.config.use_cache = False
+    if model.load_in_4bit:
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
+    elif gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.enable_input_require_grads()
+    torch.manual_seed(seed)
+    try:
+        loaded.model = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
+                                                       target_modules=list(lora.target_modules), task_type="CAUSAL_LM"))
+    except ValueError as error:
+        raise ModelError(f"lora.target_modules: {error}") from None
+    for module in loaded.model.modules():
+        # Autocast brings both operands to the compute type; PEFT's own cast of the input to float32 would be in vain.
+        if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
+            module.cast_input_dtype_enabled = False
+    for parameter in loaded.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    loaded.model.train()
+    loaded.notes.append(f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}, adapters torch.float32")
+    return loaded
+
+
+def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtype | None) -> Loaded:
+    """The base model with a trained adapter on it, for inference; the tokenizer is the adapter's own."""
+    loaded = load_model(base, model, dtype, kind="adapter", tokenizer=str(folder))
+    try:
+        loaded.model = PeftModel.from_pretrained(loaded.model, str(folder), autocast_adapter_dtype=False).eval()
+    except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
+        raise ModelError(f"checkpoint {folder}: the adapter cannot be loaded on {base} ({_first_line(error)}); "
+                         "use another checkpoint or train again") from None
+    return loaded
+
+
+def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: str, tokenizer: str | None = None,
+               **options: Any) -> Loaded:
+    """A base or merged model by folder or Hub id, in evaluation mode on the picked device."""
+    device = pick_device(model)
+    dtype = dtype or pick_dtype(model, device)
+    attention = pick_attention(model, device)
+    revision = None if Path(name).is_dir() else model.revision
+    logging.disable_progress_bar()
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, revision=revision,
+                                                      device_map={"": device} if device == "cuda" else None, **options)
+    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+        raise ModelError(f"model {name}: cannot be loaded ({_first_line(error)}); check model.name, the folder or the network") from None
+    finally:
+        with contextlib.suppress(AttributeError):
+            logging.enable_progress_bar()
+    return Loaded(loaded.eval(), load_tokenizer(tokenizer or name, None if tokenizer else revision), kind, name, [f"attention {attention}"])
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """A tokenizer with a chat template, an end token and a padding token."""
+    try:
+        tokens = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise ModelError(f"tokenizer of {name}: cannot be loaded ({_first_line(error)}); check model.name, the folder or the network") from None
+    if tokens.chat_template is None:
+        raise ModelError(f"tokenizer of {name}: no chat template; choose an instruct model")
+    if tokens.eos_token_id is None:
+        raise ModelError(f"tokenizer of {name}: no end token; choose an instruct model")
+    if tokens.pad_token_id is None:
+        tokens.pad_token = tokens.unk_token or tokens.eos_token
+    return tokens
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

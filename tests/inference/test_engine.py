@@ -1,0 +1,132 @@
+import json
+
+import pytest
+import torch
+
+from emergency_kit.data.format import build_messages, render_prompt
+from emergency_kit.errors import ModelError
+from emergency_kit.inference.engine import Engine
+from emergency_kit.model import backend
+from tests.inference.tiny import resolve, save_tiny_model
+
+SCENARIOS = ["my house is on fire", "a man fell from a ladder and does not move, his leg is bent and he bleeds", "gas", "the river rises", "a snake bit me"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def engine(folder):
+    return Engine(backend.load_checkpoint(resolve(folder).config.model, folder))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return [build_messages(scenario, None) for scenario in SCENARIOS]
+
+
+def ends_at(folder, tmp_path, token):
+    """The same model with one more end token, as a model folder says it."""
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    path = tmp_path / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, token]}))
+    return Engine(backend.load_checkpoint(resolve(tmp_path).config.model, tmp_path))
+
+
+def test_batched_greedy_equals_one_by_one_and_the_library(engine, batch):
+    prompts = [engine.encode(messages) for messages in batch]
+    assert len({len(prompt) for prompt in prompts}) == len(prompts), "different lengths, so that rows are padded"
+    together = engine.generate(batch, NEW, batch_size=3)
+    for messages, prompt, answer in zip(batch, prompts, together, strict=True):
+        assert engine.generate([messages], NEW) == [answer]
+        reference = engine.model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                                          max_new_tokens=NEW, do_sample=False, pad_token_id=2)[0, len(prompt):].tolist()
+        assert engine.tokenizer.decode(reference, skip_special_tokens=True) == answer.text
+        assert len(set(reference)) > NEW // 2, "a model that repeats itself would prove nothing"
+    assert len({answer.text for answer in together}) == len(batch)
+
+
+def test_rows_that_end_leave_the_batch_and_the_others_stay_as_they_were(engine, folder, batch, tmp_path):
+    plain = engine.generate(batch, NEW)
+    tokens = [[] for _ in batch]
+    for rows, step in engine._decode([engine.encode(messages) for messages in batch], NEW):
+        for row, token in zip(rows, step):
+            tokens[row].append(token)
+    stop = tokens[0][5]
+    answers = ends_at(folder, tmp_path, stop).generate(batch, NEW, batch_size=5)
+    for ids, before, answer in zip(tokens, plain, answers, strict=True):
+        assert answer.ended == (stop in ids)
+        assert answer.tokens == (ids.index(stop) + 1 if answer.ended else NEW)
+        if not answer.ended:
+            assert answer == before
+    assert answers[0].ended and not all(answer.ended for answer in answers)
+    assert answers[0].text == engine.tokenizer.decode(tokens[0][:tokens[0].index(stop)], skip_special_tokens=True)
+
+
+def test_stream_equals_generate(engine, batch):
+    for messages in batch[:3]:
+        stream = engine.stream(messages, NEW)
+        pieces = list(stream)
+        assert len(pieces) > 3
+        assert engine.generate([messages], NEW) == [stream.result]
+        assert "".join(pieces) == stream.result.text
+
+
+def test_sampling_follows_the_seed(engine, batch):
+    def sample(seed):
+        return "".join(engine.stream(batch[0], NEW, temperature=1.0, seed=seed))
+
+    assert sample(1) == sample(1) != sample(2)
+
+
+def test_should_stop_is_asked_before_every_token(engine, batch):
+    stream = engine.stream(batch[0], 500, should_stop=lambda: len(stream.ids) >= 7)
+    list(stream)
+    assert stream.result.tokens == 7 and not stream.result.ended
+    assert list(engine.stream(batch[0], 500, should_stop=lambda: True)) == []
+
+
+def test_progress_reaches_the_end(engine, batch):
+    seen = []
+    engine.generate(batch, NEW, batch_size=2, progress=lambda done, tokens: seen.append((done, tokens)))
+    assert seen == sorted(seen) and seen[-1] == (len(batch), NEW * len(batch))
+
+
+def test_prompt_has_the_templates_special_tokens_and_no_more(engine, batch):
+    ids = engine.encode(batch[0])
+    assert engine.tokenizer.decode(ids) == render_prompt(engine.tokenizer, batch[0])
+    assert ids.count(1) == 3  # <|im_start|> of system, user and assistant
+
+
+def test_prompt_over_the_context_is_one_clear_error(tmp_path, batch):
+    folder = save_tiny_model(tmp_path, context_tokens=128)
+    engine = Engine(backend.load_checkpoint(resolve(folder).config.model, folder))
+    length = len(engine.encode(batch[1]))
+    with pytest.raises(ModelError, match=rf"prompt 2 of 5 is {length} tokens long.*128 tokens; lower max_new_tokens to {128 - length} or less"):
+        engine.generate(batch, 129 - length)
+    with pytest.raises(ModelError, match="shorten the prompt"):
+        engine.stream(build_messages("fire " * 200, None), 1)
+    assert engine.stream(batch[1], 128 - length).__next__()
+
+
+def test_an_adapters_answers(engine, folder, batch):
+    from peft import LoraConfig, get_peft_model
+
+    loaded = backend.load_checkpoint(resolve(folder).config.model, folder)
+    torch.manual_seed(3)
+    loaded.model = get_peft_model(loaded.model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    adapted = Engine(loaded)
+    answers = adapted.generate(batch, NEW, batch_size=3)
+    assert answers == [adapted.generate([messages], NEW)[0] for messages in batch]
+    assert answers != engine.generate(batch, NEW)
+
+
+def test_an_error_in_the_model_reaches_the_caller(folder, batch):
+    engine = Engine(backend.load_checkpoint(resolve(folder).config.model, folder))
+    engine.model.lm_head = torch.nn.Linear(3, 3)
+    with pytest.raises(RuntimeError):
+        list(engine.stream(batch[0], 4))

@@ -1,0 +1,106 @@
+"""Loss and adapter gradients against a naive float32 reference, with and without padding and accumulation."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.training import loss
+from emergency_kit.training.trainer import collate
+
+VOCABULARY = 97
+# (length, prompt length) of four rows; the last has one supervised token only.
+ROWS = [(23, 11), (17, 4), (31, 20), (9, 8)]
+
+
+@pytest.fixture
+def model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                        num_attention_heads=4, num_key_value_heads=2, attn_implementation="eager"))
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # PEFT starts B at zero, which would hide the gradient of A
+            torch.nn.init.normal_(parameter, std=0.2)
+    return adapted
+
+
+@pytest.fixture
+def rows() -> list[dict[str, list[int]]]:
+    generator = torch.Generator().manual_seed(1)
+    built = []
+    for length, prompt in ROWS:
+        ids = torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()
+        built.append({"input_ids": ids, "labels": [IGNORE] * prompt + ids[prompt:]})
+    return built
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def naive(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Every row alone, all logits, the mean over all supervised tokens."""
+    model = copy.deepcopy(model)
+    total, count = torch.zeros(()), 0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        for position, label in enumerate(row["labels"][1:]):
+            if label != IGNORE:
+                total = total - logits[position, label]
+                count += 1
+    (total / count).backward()
+    return float((total / count).detach()), gradients(model)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_loss_and_gradients_equal_the_naive_reference(model: torch.nn.Module, rows: list[dict[str, list[int]]], micro_batch: int) -> None:
+    expected_loss, expected = naive(model, rows)
+    loss.install(model.get_base_model())
+    supervised = sum(label != IGNORE for row in rows for label in row["labels"])
+    total = 0.0
+    for start in range(0, len(rows), micro_batch):
+        result = model(**collate(rows[start:start + micro_batch], pad_id=0), num_items_in_batch=supervised)["loss"]
+        result.backward()
+        total += float(result)
+    assert total == pytest.approx(expected_loss, abs=1e-5)
+    found = gradients(model)
+    assert found.keys() == expected.keys() and len(found) == 12
+    for name in expected:
+        assert expected[name].abs().max() > 1e-6, name
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_mean_of_micro_batch_means_would_be_another_number(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> None:
+    """The rows differ in supervised tokens, so the usual mistake is visible to the test above."""
+    expected, _ = naive(model, rows)
+    loss.install(model.get_base_model())
+    with torch.no_grad():
+        wrong = sum(float(model(**collate([row], pad_id=0))["loss"]) for row in rows) / len(rows)
+    assert abs(wrong - expected) > 1e-3
+
+
+def test_logits_are_computed_at_supervised_positions_only(rows: list[dict[str, list[int]]]) -> None:
+    seen: list[int] = []
+    head = torch.nn.Linear(8, VOCABULARY)
+    head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[0]))
+    batch = collate(rows, pad_id=0)
+    loss.supervised_loss(torch.randn(*batch["labels"].shape, 8), batch["labels"], head)
+    assert seen == [sum(length - prompt for length, prompt in ROWS)]
+
+
+def test_a_batch_without_labels_gives_zero_and_a_gradient() -> None:
+    hidden = torch.randn(2, 5, 8, requires_grad=True)
+    result = loss.supervised_loss(hidden, torch.full((2, 5), IGNORE), torch.nn.Linear(8, VOCABULARY))
+    result.backward()
+    assert float(result) == 0.0 and torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_the_reference_agrees_with_torch_cross_entropy() -> None:
+    hidden, labels, head = torch.randn(1, 6, 8), torch.tensor([[IGNORE, IGNORE, 5, 6, IGNORE, 7]]), torch.nn.Linear(8, VOCABULARY)
+    expected = F.cross_entropy(head(hidden)[0, :-1], labels[0, 1:], ignore_index=IGNORE)
+    torch.testing.assert_close(loss.supervised_loss(hidden, labels, head), expected)
