@@ -30,6 +30,7 @@ $(BASE): | $(VENV)/installed.txt
 	@$(KIT) setup
 
 setup: $(VENV)/installed.txt $(BASE) ## Make .venv, install the pinned packages, prepare the bundled base model
+	@:
 
 verify: setup ## Check the environment: packages, model, tokenizer, GPU, disk
 	@$(KIT) verify $(ARGS)

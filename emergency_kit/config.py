@@ -4,7 +4,8 @@ In: `dataset_config.yaml`, `model_config.yaml`, `training_config.yaml` of a prof
 then `--set section.key=value` and flags. Out: a frozen `Config` and, per key, where it came from.
 Precedence: class default < YAML of the profile < YAML of `--config FILE` < `--set` and flags.
 The docstring under each field is its help text and its line in docs/Configuration.md.
-This file never imports torch, so that `--help` stays quick.
+This file never imports torch, so that `--help` stays quick. It is longer than others because every
+option of the product stands in it, once.
 """
 
 from __future__ import annotations
@@ -227,6 +228,21 @@ def flatten(config: Config) -> dict[str, Any]:
     """`{"section.key": value}` over all sections, in the order of the classes."""
     return {f"{section}.{key}": value
             for section, values in config.model_dump().items() for key, value in values.items()}
+
+
+def reference() -> str:
+    """Markdown tables of every key with its type, class default and meaning, from the docstrings above."""
+    lines: list[str] = []
+    for section, info in Config.model_fields.items():
+        kind = info.annotation
+        lines += [f"### `{section}`", "", (kind.__doc__ or "").strip(), "", "| key | type | default | meaning |", "|---|---|---|---|"]
+        for name, option in kind.model_fields.items():
+            default = option.get_default(call_default_factory=True)
+            text = str(option.annotation).replace("typing.", "")
+            shown = option.annotation.__name__ if isinstance(option.annotation, type) and "[" not in text else text
+            lines.append(f"| `{name}` | {shown.replace('|', chr(92) + '|')} | `{default}` | {(option.description or '').strip()} |")
+        lines.append("")
+    return chr(10).join(lines)
 
 
 def find_cuda() -> bool:

@@ -30,6 +30,8 @@ BUILDER_VERSION = 1
 SAFE_MINIMUM = "safe_minimum"
 # Shares of the training tellings that get a changed set of cards; the rest shows the right card alone.
 EXTRA_CARD, WRONG_CARD, NO_CARD = 0.40, 0.04, 0.04
+# Share of the tellings with an extra card in which the right card stands second.
+SECOND_PLACE = 0.15
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def _read_situation(place: str, hazard: str, number: int, item: Mapping[str, Any
 def dataset_digest(seed: int) -> str:
     """sha256 of everything that shapes the embedded dataset."""
     situations = [vars(situation) for situation in load_situations()]
-    return hash_json([BUILDER_VERSION, seed, EXTRA_CARD, WRONG_CARD, NO_CARD, card_digest(load_cards()), situations])
+    return hash_json([BUILDER_VERSION, seed, EXTRA_CARD, WRONG_CARD, NO_CARD, SECOND_PLACE, card_digest(load_cards()), situations])
 
 
 def build_records(seed: int, top_k: int = 2) -> dict[str, list[Record]]:
@@ -110,7 +112,8 @@ def _train_cards(hazard: str, found: list[str], cards: Mapping[str, Card], chanc
         return []
     if draw < WRONG_CARD + NO_CARD + EXTRA_CARD and top_k > 1:
         shown = others[:1 if top_k == 2 or chance.random() < 0.7 else 2]
-        shown.insert(chance.choice([0, 0, 1, len(shown)]), hazard)
+        # Best first, as in use; now and then second, as when retrieval errs.
+        shown.insert(0 if chance.random() > SECOND_PLACE else 1, hazard)
         return shown
     return [hazard]
 

@@ -79,9 +79,9 @@ class Parsed:
         return not self.problems
 
 
-def render_card(card: Card) -> str:
+def render_card(card: Card, heading: str = "CARD") -> str:
     """A knowledge card as the model reads it."""
-    lines = [f"CARD: {card.name}", *(f"Danger: {danger}" for danger in card.dangers)]
+    lines = [f"{heading}: {card.name}", *(f"Danger: {danger}" for danger in card.dangers)]
     lines += [f"{number}. {action.text}" for number, action in enumerate(card.critical_actions, 1)]
     lines += [f"Never: {rule.text}" for rule in card.never]
     lines += [f"Ask: {unknown}" for unknown in card.uncertainties]
@@ -96,7 +96,8 @@ def build_messages(scenario: str, cards: Iterable[Card] | None, instruction: str
     """
     blocks: list[str] = []
     if cards is not None:
-        blocks += [render_card(card) for card in cards] or [NO_CARD]
+        # A model this small cannot weigh two cards by itself; the heading passes on which one retrieval trusts most.
+        blocks += [render_card(card, "OTHER CARD" if rank else "CARD") for rank, card in enumerate(cards)] or [NO_CARD]
     blocks += [text for text in (instruction.strip(),) if text]
     blocks += [f"SITUATION: {scenario.strip()}"] if scenario.strip() else []
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "\n\n".join(blocks)}]
@@ -190,3 +191,8 @@ def parse_json_answer(text: str) -> Parsed:
         else:
             content[section] = tuple(items)
     return Parsed(Answer(**content), tuple(problems))
+
+
+def read_answer(text: str) -> Parsed:
+    """An answer in either form: JSON where it opens with a brace, else text."""
+    return parse_json_answer(text) if text.lstrip().startswith("{") else parse_answer(text)

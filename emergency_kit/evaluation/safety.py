@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Iterable
 
-from emergency_kit.evaluation.structure import read_answer
+from emergency_kit.data.format import read_answer
 from emergency_kit.knowledge.cards import Card, contains_phrase, normalise
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from typing import Sequence
 
-from emergency_kit.data.format import Parsed, parse_answer, parse_json_answer
+from emergency_kit.data.format import parse_answer, parse_json_answer, read_answer
 from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import normalise
 
@@ -35,11 +35,6 @@ class Checks:
     def valid_structure(self) -> bool:
         """The four sections, as text or as JSON."""
         return self.valid_json or self.valid_structured_text
-
-
-def read_answer(text: str) -> Parsed:
-    """An answer in either form: JSON where it opens with a brace, else text."""
-    return parse_json_answer(text) if text.lstrip().startswith("{") else parse_answer(text)
 
 
 def find_loop(text: str) -> str | None:

@@ -64,6 +64,8 @@ def export_gguf(resolved: Resolved, checkpoint: Path | None = None, out: Path | 
     there = [str(path) for path in targets.values() if path.exists()]
     if there and not overwrite:
         raise ExportError(f"{', '.join(there)}: already there; replace with --overwrite, or choose another folder with --output")
+    if source.kind == "adapter":
+        backend.require_base(section)
     skeleton = load_skeleton(backend.base_name(section) if source.kind == "adapter" else str(source.folder), section)
     family = architecture.pick_family(skeleton.config, str(source.folder))
     plans = [build_plan(skeleton, item, str(source.folder)) for item in quantizations]

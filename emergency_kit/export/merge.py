@@ -58,8 +58,8 @@ def merge(resolved: Resolved, checkpoint: Path | None = None, out: Path | None =
     _check_out(out, checkpoint, overwrite)
     base = backend.base_name(section)
     backend.require_base(section)
-    dtype = _pick_dtype(resolved.config.export.merge_dtype, base, section)
     skeleton = load_skeleton(base, section)
+    dtype = _pick_dtype(resolved.config.export.merge_dtype, skeleton.config)
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     check_writable(out.parent, weights * dtype.itemsize + SLACK_BYTES, remedy="choose another with --output")
     print(f"Merging {checkpoint} into {base}: {weights / 1e6:.1f} million weights, float32 on the CPU, saved as {_name(dtype)}", flush=True)
@@ -136,13 +136,11 @@ def _check_out(out: Path, checkpoint: Path, overwrite: bool) -> None:
                           "choose another with --output, or remove it yourself")
 
 
-def _pick_dtype(wanted: str, base: str, section: ModelSection) -> torch.dtype:
+def _pick_dtype(wanted: str, config: Any) -> torch.dtype:
+    """The config's type, or for `auto` the one that the base model's files record."""
     if wanted != "auto":
         return getattr(torch, wanted)
-    from transformers import AutoConfig
-
-    dtype = AutoConfig.from_pretrained(base, revision=None if Path(base).is_dir() else section.revision).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
 def _check_finite(checkpoint: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import build_messages
+from emergency_kit.data.format import build_messages, read_answer
 from emergency_kit.errors import Interrupted, ModelError, UsageError
 from emergency_kit.knowledge.cards import Card, load_cards
 from emergency_kit.knowledge.retrieve import Retriever
@@ -82,8 +82,6 @@ class Chat:
         self._report(stream.result, shown)
 
     def _report(self, result: Any, shown: list[Card] | None) -> None:
-        from emergency_kit.evaluation.structure import read_answer
-
         parsed = read_answer(result.text)
         if self.as_json:
             print(json.dumps({"answer": parsed.answer.to_dict(), "valid": parsed.valid, "problems": list(parsed.problems),

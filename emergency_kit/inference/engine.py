@@ -14,7 +14,7 @@ from typing import Callable, Iterator, Sequence
 import torch
 from transformers import DynamicCache
 
-from emergency_kit.data.format import render_prompt
+from emergency_kit.data.tokenize import encode_prompt
 from emergency_kit.errors import ModelError
 from emergency_kit.model.backend import Loaded
 
@@ -67,8 +67,8 @@ class Engine:
         self.end_ids = {token for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids of a prompt; its special tokens are those that the chat template wrote, and no others."""
-        return self.tokenizer(render_prompt(self.tokenizer, messages), add_special_tokens=False)["input_ids"]
+        """Token ids of a prompt, as in training."""
+        return encode_prompt(self.tokenizer, messages)
 
     def stream(self, messages: Messages, max_new_tokens: int, temperature: float = 0.0, seed: int | None = None,
                should_stop: Callable[[], bool] | None = None) -> Stream:

@@ -10,7 +10,7 @@ from emergency_kit.evaluation.report import build_report, failing_samples, rende
 from emergency_kit.evaluation.run import evaluate, select_records
 from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import load_cards
-from tests.inference.tiny import resolve, save_tiny_model
+from tests.tiny import resolve, save_tiny_model
 
 NUMBERS = ["total_samples", "valid_json", "valid_json_percentage", "valid_structured_text", "valid_structured_text_percentage",
            "valid_structure", "valid_structure_percentage", "ended", "ended_percentage", "critical_action_recall", "mean_tokens",

@@ -128,6 +128,11 @@ def test_rounding_type_is_measured_and_refused_with_a_remedy(base: Path, adapter
     assert load_manifest(out)["merge"]["max_abs_logit_difference"] > 1e-3
 
 
+def test_auto_keeps_the_type_of_the_base_files(base: Path, adapter: Path, tmp_path: Path) -> None:
+    out = merge(tiny.resolve(base, tmp_path, "export.merge_dtype=auto"), checkpoint=adapter)
+    assert json.loads((out / "config.json").read_text())["dtype"] == json.loads((base / "config.json").read_text())["dtype"] == "float32"
+
+
 def test_full_disk_is_said_before_loading(base: Path, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("usage", (), {"free": 1_000_000})
     monkeypatch.setattr("shutil.disk_usage", lambda folder: usage)

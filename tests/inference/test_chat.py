@@ -9,7 +9,7 @@ import pytest
 
 from emergency_kit.errors import ModelError, UsageError
 from emergency_kit.inference.chat import infer
-from tests.inference.tiny import resolve, save_tiny_model
+from tests.tiny import resolve, save_tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from emergency_kit.data.format import build_messages, render_prompt
 from emergency_kit.errors import ModelError
 from emergency_kit.inference.engine import Engine
 from emergency_kit.model import backend
-from tests.inference.tiny import resolve, save_tiny_model
+from tests.tiny import resolve, save_tiny_model
 
 SCENARIOS = ["my house is on fire", "a man fell from a ladder and does not move, his leg is bent and he bleeds", "gas", "the river rises", "a snake bit me"]
 NEW = 24

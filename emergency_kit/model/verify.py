@@ -1,0 +1,116 @@
+"""The stage `verify`: look at everything that training will need, and say what is missing.
+
+In: a config. Out: one line a check on the console; ModelError when one of them failed.
+Run: `make verify`, `python scripts/verify_setup.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Callable
+
+from emergency_kit.artifacts import hardware, verify_folder
+from emergency_kit.config import REPOSITORY, Resolved
+from emergency_kit.errors import KitError, ModelError
+from emergency_kit.model import backend, bundled
+
+FREE_BYTES = 3_000_000_000
+
+
+def verify(resolved: Resolved) -> None:
+    """Run all checks, print them, and raise ModelError naming those that failed."""
+    checks: list[tuple[str, Callable[[Resolved], str]]] = [
+        ("Python", _python), ("Packages", _packages), ("Hardware", _hardware), ("Device", _device),
+        ("Base model", _base_model), ("Tokenizer", _tokenizer), ("Knowledge cards", _cards), ("Disk", _disk)]
+    print(f"Profile {resolved.profile} ({resolved.profile_reason})")
+    failed = []
+    for name, check in checks:
+        try:
+            print(f"  ok    {name}: {check(resolved)}", flush=True)
+        except KitError as error:
+            failed.append(name)
+            print(f"  FAIL  {name}: {error}", flush=True)
+    if failed:
+        raise ModelError(f"{len(failed)} of {len(checks)} checks failed: {', '.join(failed)}; see the lines above")
+    print("Ready. Next: make train, or make pipeline")
+
+
+def _python(resolved: Resolved) -> str:
+    return f"{sys.version.split()[0]} in {sys.prefix}"
+
+
+def _packages(resolved: Resolved) -> str:
+    wrong, count = [], 0
+    for line in (REPOSITORY / "requirements.lock").read_text(encoding="utf-8").splitlines():
+        name, pinned, version = line.partition("==")
+        if not pinned or line.startswith("#"):
+            continue
+        count += 1
+        try:
+            found = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found = "missing"
+        if found.partition("+")[0] != version:
+            wrong.append(f"{name} {found} (pinned {version})")
+    if wrong:
+        raise ModelError(f"{', '.join(wrong[:5])}; next: rm .venv/installed.txt, then make setup")
+    return f"{count} as pinned, torch {importlib.metadata.version('torch')}"
+
+
+def _hardware(resolved: Resolved) -> str:
+    found = hardware()
+    memory = f"{found['memory_bytes'] / 1e9:.0f} GB memory" if found["memory_bytes"] else "memory unknown"
+    return f"{found['processor'] or 'processor unknown'}, {found['cores']} cores, {memory}, {', '.join(found['gpus']) or 'no GPU'}"
+
+
+def _device(resolved: Resolved) -> str:
+    model = resolved.config.model
+    device = backend.pick_device(model)
+    name, reason = backend.pick_backend(model, device)
+    return f"{device}, backend {name} ({reason}), compute {str(backend.pick_dtype(model, device)).removeprefix('torch.')}, " \
+           f"attention {backend.pick_attention(model, device)}"
+
+
+def _base_model(resolved: Resolved) -> str:
+    model = resolved.config.model
+    backend.require_base(model)
+    if model.name != "bundled":
+        return f"{model.name} (loaded when it is used)"
+    problems = verify_folder(bundled.FOLDER)
+    if problems:
+        raise ModelError(f"{bundled.FOLDER}: {'; '.join(problems)}; next: delete the folder, then make setup")
+    backend.load_tokenizer(model)  # imports transformers, which is not the model's time
+    started = time.perf_counter()
+    backend.load_base(model)
+    return f"{bundled.FOLDER} is whole and loads in {time.perf_counter() - started:.1f} s"
+
+
+def _tokenizer(resolved: Resolved) -> str:
+    if resolved.config.model.name != "bundled":
+        return "that of the base model"
+    tokenizer = backend.load_tokenizer(resolved.config.model)
+    pieces = tokenizer.tokenize("112")
+    if pieces != ["1", "1", "2"] or tokenizer.eos_token != "<|im_end|>":
+        raise ModelError(f"112 is read as {pieces}, end token {tokenizer.eos_token}; next: delete {bundled.FOLDER}, then make setup")
+    return "reads numbers digit by digit, ends with <|im_end|>"
+
+
+def _cards(resolved: Resolved) -> str:
+    from emergency_kit.knowledge.cards import load_cards
+
+    cards = load_cards()
+    return f"{len(cards)} in {len({card.category for card in cards.values()})} categories"
+
+
+def _disk(resolved: Resolved) -> str:
+    folder = Path(resolved.config.training.output_dir).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    if free < FREE_BYTES:
+        raise ModelError(f"{free / 1e9:.1f} GB free for {resolved.config.training.output_dir}, {FREE_BYTES / 1e9:.0f} GB wanted; free some space")
+    return f"{free / 1e9:.0f} GB free"

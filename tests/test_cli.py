@@ -1,0 +1,145 @@
+"""Bad input from outside: one clear line, the right exit code, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import save_tiny_model
+
+TINY_ROW = {"input": "smoke", "output": "FACTS\n• Smoke.\n\nUNCERTAINTIES\n• None.\n\nANALYSIS\n• Bad.\n\nGUIDANCE\n1. Leave."}
+
+
+def kit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "emergency_kit.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def fails(code: int, message: str, *arguments: object) -> None:
+    done = kit(*arguments)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == code, done.stdout + done.stderr
+    assert len(errors) == 1 and message in errors[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.mark.parametrize("code, message, arguments", [
+    (2, "no such config file or folder", ("train", "--config", "none.yaml")),
+    (2, "unknown key 'training.num_epoch'; did you mean 'training.num_epochs'?", ("train", "--set", "training.num_epoch=1")),
+    (2, "training.num_epochs: got 'x'", ("train", "--set", "training.num_epochs=x")),
+    (2, "--profile: got 'gpu'", ("train", "--profile", "gpu")),
+    (2, "No such option: --nope", ("train", "--nope")),
+    (2, "--max-steps", ("train", "--max-steps", "many")),
+    (2, "training.max_steps: got 0", ("train", "--max-steps", "0")),
+    (3, "no such file or folder", ("train", "--set", "dataset.name=./none.jsonl", "--dry-run")),
+    (4, "sees no CUDA GPU", ("train", "--profile", "mistral-7b", "--set", "dataset.name=embedded")),
+    (4, "no such folder", ("evaluate", "--checkpoint", "outputs/none")),
+    (4, "no such folder", ("infer", "--checkpoint", "outputs/none", "--prompt", "smoke")),
+    (4, "no such folder", ("merge", "--checkpoint", "outputs/none")),
+    (4, "no such folder", ("train", "--resume-from", "outputs/none", "--output-dir", "outputs/test-none")),
+    (6, "q9_9", ("export-gguf", "-q", "q9_9")),
+    (2, "reserved for mid-run checkpoints", ("train", "--model-name", "checkpoint-7")),
+    (2, "training.model_name", ("train", "--model-name", "../evil")),
+])
+def test_each_bad_input_gets_one_line_and_its_code(code: int, message: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+    if arguments[0] == "train" and "--output-dir" not in arguments:
+        arguments = (*arguments, "--output-dir", str(tmp_path))
+    fails(code, message, *arguments)
+
+
+def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    fails(2, "not writable", "train", "--output-dir", tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="a small file system needs root to mount")
+def test_a_full_output_folder(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True).returncode != 0:
+        pytest.skip("this machine does not let us mount a tmpfs")
+    try:
+        fails(2, "needed; free some space", "train", "--output-dir", small)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_dataset_without_a_column(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "a", "answer": "b"}) + "\n")
+    fails(3, "no column 'output'", "train", "--output-dir", tmp_path / "out", "--set", f"dataset.name={tmp_path / 'rows.jsonl'}", "--set", f"model.name={tiny}")
+    assert not (tmp_path / "out" / "checkpoints" / "final").exists()
+
+
+def test_a_checkpoint_that_lacks_a_file_or_fits_another_base(tmp_path: Path, tiny: Path) -> None:
+    from tests.export.tiny import save_adapter
+
+    adapter = save_adapter(tmp_path / "adapter", tiny)
+    fails(4, "trained on base model", "infer", "--checkpoint", adapter, "--prompt", "smoke")
+    (adapter / "adapter_model.safetensors").unlink()
+    fails(4, "incomplete, adapter_model.safetensors missing", "infer", "--checkpoint", adapter, "--prompt", "smoke", "--set", f"model.name={tiny}")
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = kit("evaluate", "--checkpoint", tmp_path / "none", "--debug")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+def test_dry_run_writes_no_checkpoint(tmp_path: Path) -> None:
+    done = kit("train", "--dry-run", "--output-dir", tmp_path)
+    assert done.returncode == 0 and "effective batch 8" in done.stdout and "Dry run" in done.stdout
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_config_explain_names_every_key_and_origin() -> None:
+    from emergency_kit.config import Config, flatten
+
+    done = kit("config", "explain", "--profile", "embedded", "--set", "training.seed=5")
+    assert done.returncode == 0
+    for key in flatten(Config()):
+        assert f"\n{key} = " in done.stdout
+    assert "training.seed = 5  [--set training.seed]" in done.stdout
+    assert "training.weight_decay = 0.01  [default]" in done.stdout
+
+
+def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
+    """All the guide's scripts, one after the other, on a two-layer model and local JSONL; exact files of each stage."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split, number in (("train", 8), ("validation", 2), ("test", 2)):
+        (data / f"{split}.jsonl").write_text("".join(json.dumps({**TINY_ROW, "id": f"{split}{index}"}) + "\n" for index in range(number)))
+    out = tmp_path / "out"
+    common = ["--output-dir", str(out), "--set", f"model.name={tiny}", "--set", f"dataset.name={data}", "--set", "model.dtype=float32"]
+
+    def script(name: str, *arguments: str) -> str:
+        done = subprocess.run([sys.executable, f"scripts/{name}.py", *common, *arguments], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    assert "Final checkpoint saved to" in script("train", "--max-steps", "2", "--set", "training.eval_steps=1")
+    script("evaluate", "--max-samples", "2", "--set", "evaluation.max_new_tokens=8")
+    report = json.loads((out / "evaluation_report.json").read_text())
+    assert report["total_samples"] == 2 and report["base"]["total_samples"] == 2 and (out / "report.html").is_file()
+    assert script("infer", "--prompt", "smoke in the corridor", "--max-new-tokens", "5").strip()
+    assert set(json.loads(script("infer", "--prompt", "smoke", "--json", "--max-new-tokens", "5"))) == {"answer", "valid", "problems", "cards", "text", "ended"}
+    script("merge_lora")
+    assert (out / "merged" / "final" / "model.safetensors").is_file()
+    script("export_gguf", "-q", "f16,q8_0")
+    assert {path.name for path in (out / "gguf").iterdir()} == {"final-f16.gguf", "final-q8_0.gguf", "manifest.json"}
+    done = kit("train", *common)
+    assert done.returncode == 2 and "--overwrite" in done.stderr
+
+
+def test_list_quantizations() -> None:
+    done = subprocess.run([sys.executable, "scripts/export_gguf.py", "--list-quantizations"], capture_output=True, text=True)
+    assert done.returncode == 0 and all(name in done.stdout for name in ("f16", "q8_0", "q4_k_m"))
