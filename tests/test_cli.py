@@ -46,7 +46,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (4, "no such folder", ("evaluate", "--checkpoint", "outputs/none")),
     (4, "no such folder", ("infer", "--checkpoint", "outputs/none", "--prompt", "smoke")),
     (4, "no such folder", ("merge", "--checkpoint", "outputs/none")),
-    (4, "no such folder", ("train", "--resume-from", "outputs/none", "--output-dir", "outputs/test-none")),
+    (4, "no such folder", ("train", "--resume-from", "outputs/none")),
     (6, "q9_9", ("export-gguf", "-q", "q9_9")),
     (2, "reserved for mid-run checkpoints", ("train", "--model-name", "checkpoint-7")),
     (2, "training.model_name", ("train", "--model-name", "../evil")),
@@ -138,6 +138,23 @@ def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
     assert {path.name for path in (out / "gguf").iterdir()} == {"final-f16.gguf", "final-q8_0.gguf", "manifest.json"}
     done = kit("train", *common)
     assert done.returncode == 2 and "--overwrite" in done.stderr
+
+
+def test_data_build_and_preview(tmp_path: Path) -> None:
+    done = kit("data", "build", "--output", tmp_path / "built", "--seed", "3")
+    assert done.returncode == 0 and "290 train, 60 validation, 120 test" in done.stdout
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("keep")
+    fails(2, "already there and not a built dataset", "data", "build", "--output", tmp_path / "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
+    done = kit("data", "preview", "validation", "-n", "2", "--set", f"training.output_dir={tmp_path}")
+    assert done.returncode == 0 and done.stdout.count("«FACTS") == 2 and done.stdout.count("<|im_end|>»") == 2
+
+
+def test_verify_names_what_is_missing() -> None:
+    done = kit("verify", "--profile", "embedded")
+    assert done.returncode == 0 and done.stdout.count("  ok    ") == 8 and "Ready." in done.stdout
+    fails(4, "checks failed: Device", "verify", "--profile", "embedded", "--set", "model.device=cuda")
 
 
 def test_list_quantizations() -> None:

@@ -22,12 +22,11 @@ from emergency_kit.config import Resolved
 from emergency_kit.data.format import Answer, Record, render_answer
 from emergency_kit.errors import DataError, UsageError
 from emergency_kit.knowledge.cards import Card, card_digest, load_cards
-from emergency_kit.knowledge.retrieve import Retriever
+from emergency_kit.knowledge.retrieve import SAFE_MINIMUM, Retriever
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 SPLITS = ("train", "validation", "test")
-BUILDER_VERSION = 1
-SAFE_MINIMUM = "safe_minimum"
+BUILDER_VERSION = 2
 # Shares of the training tellings that get a changed set of cards; the rest shows the right card alone.
 EXTRA_CARD, WRONG_CARD, NO_CARD = 0.40, 0.04, 0.04
 # Share of the tellings with an extra card in which the right card stands second.
@@ -136,8 +135,11 @@ def build_answer(situation: Situation, card: Card, fits: bool) -> Answer:
     if situation.wrong_advice:
         reason = "follow the card" if fits else "no card supports it"
         analysis.append(f"Do not follow the advice to {situation.wrong_advice}; {reason}.")
+    # Taught to name an open question of its own beside a card's checked ones, a small model invents them
+    # ("whether he has a drink"), and they cost two fifths of the last loss. Without a card there is nothing else.
+    unknown = () if fits else situation.unknown
     return Answer(
-        facts=situation.facts, uncertainties=(*situation.unknown, *card.uncertainties), analysis=tuple(analysis),
+        facts=situation.facts, uncertainties=(*unknown, *card.uncertainties), analysis=tuple(analysis),
         guidance=(*(action.text for action in card.critical_actions), *(rule.text for rule in card.never)))
 
 

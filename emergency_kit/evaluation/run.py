@@ -47,7 +47,7 @@ def evaluate(resolved: Resolved, checkpoint: Path | None = None, out: Path | Non
     _check_cards(records, cards, config.dataset.grounding)
     print(f"Answering {len(records)} of {len(test)} test records with {checkpoint}", flush=True)
     try:
-        tuned = _answer(resolved, backend.load_checkpoint(config.model, checkpoint), records, cards, "tuned")
+        tuned = _answer(resolved, backend.load_checkpoint(config.model, checkpoint, fold=True), records, cards, "tuned")
         base = _answer(resolved, backend.load_base(config.model), records, cards, "base") if config.evaluation.compare_base else None
         made = artifacts.describe("evaluate", resolved, dataset_hash(records), parents=[checkpoint])
         report = build_report(tuned, base, trained, made)

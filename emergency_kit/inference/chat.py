@@ -61,7 +61,7 @@ class Chat:
         _note(f"Loading {folder} ...")
         from emergency_kit.inference.engine import Engine
 
-        loaded = backend.load_checkpoint(config.model, folder)
+        loaded = backend.load_checkpoint(config.model, folder, fold=True)
         _note(f"Loaded: {', '.join([loaded.kind, *loaded.notes])}")
         self.engine = Engine(loaded)
 

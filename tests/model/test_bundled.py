@@ -73,3 +73,17 @@ def test_training_puts_float32_adapters_on_frozen_base_weights() -> None:
     assert len(trainable) == 30 * 7 * 2 and all("lora_" in name and parameter.dtype == torch.float32 for name, parameter in trainable.items())
     assert sum(parameter.numel() for parameter in trainable.values()) == 4_884_480
     assert {parameter.dtype for parameter in loaded.model.parameters() if not parameter.requires_grad} == {backend.pick_dtype(config.model, "cpu")}
+
+
+def test_a_folded_adapter_says_the_same(tmp_path: Path) -> None:
+    from tests.export.tiny import save_adapter, save_model
+
+    base = save_model(tmp_path / "base")
+    adapter = save_adapter(tmp_path / "adapter", base)
+    model = load_config("embedded", settings=[f"model.name={base}"]).config.model
+    plain, folded = (backend.load_checkpoint(model, adapter, torch.float32, fold=fold) for fold in (False, True))
+    ids = torch.randint(20, 40000, (2, 50), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        without, expected, found = (loaded.model(ids).logits for loaded in (backend.load_base(model, torch.float32), plain, folded))
+    assert (found - expected).abs().max() < 1e-3 < 0.05 < (expected - without).abs().max()
+    assert not any("lora" in name for name, _ in folded.model.named_parameters()) and "folded" in " ".join(folded.notes)
