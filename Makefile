@@ -22,8 +22,9 @@ $(VENV)/installed.txt: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 to 3.13 is needed. Next: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
 	@echo "Setting up $(VENV) (about two minutes) ..."
 	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make $(VENV); on Debian and Ubuntu install python3-venv, then make setup" >&2; exit 2; }
-	@echo "  1/2 torch"; $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.lock) 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: torch could not be installed; check the network and the package index, then: make setup" >&2; exit 2; }
-	@echo "  2/2 the other pinned packages"; $(PIP) -r requirements.lock 2>$(VENV)/pip.log && $(PIP) --no-deps --no-build-isolation -e . 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: packages could not be installed; check the network and the package index, then: make setup" >&2; exit 2; }
+	@undo() { grep -v WARNING $(VENV)/pip.log | tail -3; [ -e $@ ] || rm -rf $(VENV); echo "error: $$1 could not be installed; check the network and the package index, then: make setup" >&2; exit 2; }; \
+	echo "  1/2 torch"; $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.lock) 2>$(VENV)/pip.log || undo torch; \
+	echo "  2/2 the other pinned packages"; $(PIP) -r requirements.lock 2>$(VENV)/pip.log && $(PIP) --no-deps --no-build-isolation -e . 2>$(VENV)/pip.log || undo "the pinned packages"
 	@cp requirements.lock $@
 
 $(BASE): | $(VENV)/installed.txt

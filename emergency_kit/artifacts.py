@@ -80,9 +80,12 @@ def staged_folder(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{uuid.uuid4().hex[:12]}.partial"
     retired = path.parent / f".{uuid.uuid4().hex[:12]}.retired"
     temporary.mkdir()
+    mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's permissions
     try:
         yield temporary
         for file in sorted(temporary.rglob("*")):
+            if file.is_file():
+                file.chmod(mode)  # safetensors writes for the owner alone; an artifact is made to be passed on
             _flush(file)
         _flush(temporary)
         if path.exists():

@@ -32,6 +32,15 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_files_of_an_artifact_can_be_passed_on(tmp_path: Path) -> None:
+    """A library that writes for the owner alone does not decide; the umask does."""
+    with staged_folder(tmp_path / "out") as temporary:
+        (temporary / "model.safetensors").write_bytes(b"x")
+        (temporary / "model.safetensors").chmod(0o600)
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     path = save_json(tmp_path / "deep" / "x.json", {"a": "é"})
     with pytest.raises(RuntimeError):

@@ -8,8 +8,6 @@ Works on the CPU in float32: 4 bytes a weight in memory. Run: `emergency-kit mer
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,18 +165,8 @@ def _save(merged: Merged, folder: Path, dtype: torch.dtype, base: str) -> None:
     with report_while("saving"):
         merged.model.config._name_or_path = Path(base).name if Path(base).is_dir() else base
         merged.model.to(dtype).save_pretrained(folder)
-        merged.tokenizer.save_pretrained(folder)
-        special = {name: str(token) for name, token in merged.tokenizer.special_tokens_map.items() if isinstance(token, str)}
-        (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        backend.save_tokenizer(merged.tokenizer, folder)
     logging.enable_progress_bar()
-    for path in folder.iterdir():  # safetensors writes for the owner only; a merged model is made to be passed on
-        path.chmod(0o666 & ~_umask())
-
-
-def _umask() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _prove_saved(merged: Merged, folder: Path, section: ModelSection, resolved: Resolved, dtype: torch.dtype) -> float:

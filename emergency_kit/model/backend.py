@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from emergency_kit.artifacts import hash_parent, load_manifest
+from emergency_kit.artifacts import hash_parent, load_manifest, save_json
 from emergency_kit.config import LoraSection, ModelSection
 from emergency_kit.errors import ModelError
 from emergency_kit.model import bundled
@@ -135,6 +135,13 @@ def load_tokenizer(model: ModelSection) -> Any:
 
     require_base(model)
     return hf_backend.load_tokenizer(base_name(model), None if Path(base_name(model)).is_dir() else model.revision)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Tokenizer files with the chat template, and the `special_tokens_map.json` that transformers 5 no longer writes."""
+    tokenizer.save_pretrained(folder)
+    save_json(folder / "special_tokens_map.json", {name: str(token) for name, token in tokenizer.special_tokens_map.items()
+                                                   if isinstance(token, str)})
 
 
 def require_base(model: ModelSection) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Iterator
 from emergency_kit.artifacts import load_manifest, save_json, save_manifest, staged_folder, verify_folder
 from emergency_kit.config import ModelSection, Resolved
 from emergency_kit.errors import ModelError
-from emergency_kit.model.backend import base_name, check_checkpoint
+from emergency_kit.model.backend import base_name, check_checkpoint, save_tokenizer
 
 if TYPE_CHECKING:
     from emergency_kit.training.trainer import KitTrainer
@@ -67,12 +67,6 @@ def writing(trainer: "KitTrainer", folder: Path, summary: dict[str, Any] | None 
         yield temporary
         save_manifest(temporary, "train", facts.resolved, dataset_hash=facts.dataset_hash,
                       parents=[Path(base_name(facts.resolved.config.model))])
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Tokenizer files with the chat template inside, and the `special_tokens_map.json` that transformers 5 no longer writes."""
-    tokenizer.save_pretrained(folder)
-    save_json(folder / "special_tokens_map.json", {name: str(token) for name, token in tokenizer.special_tokens_map.items()})
 
 
 def training_state(trainer: "KitTrainer", summary: dict[str, Any] | None) -> dict[str, Any]:
