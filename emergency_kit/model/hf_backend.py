@@ -64,7 +64,7 @@ def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtyp
     """The base model with a trained adapter on it, for inference; the tokenizer is the adapter's own.
 
     fold: add a small model's adapter into its weights in float32 before they become `dtype`, as the merged
-    model has them. Two thin products a layer and token cost more than half of a small model's time.
+    model has them; decoding is then about 1.4 times as fast (benchmarks/RESULTS.md).
     """
     files = list(Path(base).glob("*.safetensors"))
     fold = fold and bool(files) and sum(file.stat().st_size for file in files) < FOLD_BELOW_BYTES
