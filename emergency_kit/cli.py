@@ -163,21 +163,22 @@ def pipeline(
     """Train, evaluate, merge; then say what to do next."""
     resolved = _resolve(profile, config, set_, training__model_name=model_name, training__output_dir=output_dir, training__max_steps=max_steps)
     print_config(resolved)
-    from emergency_kit.evaluation.run import evaluate as evaluate_stage
-    from emergency_kit.export.merge import merge as merge_stage
     from emergency_kit.training.run import is_trained_as
     from emergency_kit.training.run import train as train_stage
 
     training = resolved.config.training
     adapter = Path(training.output_dir) / "checkpoints" / training.model_name
     if adapter.exists() and not overwrite and is_trained_as(resolved, adapter):
-        print(f"1/3 train: {adapter} is already trained with this config on this data; --overwrite trains anew")
+        print(f"1/3 train: {adapter} is already trained with this config on this data; --overwrite trains anew", flush=True)
     else:
-        print("1/3 train")
+        print("1/3 train", flush=True)
         train_stage(resolved, overwrite=overwrite)
-    print("2/3 evaluate")
+    print("2/3 evaluate", flush=True)
+    from emergency_kit.evaluation.run import evaluate as evaluate_stage
+    from emergency_kit.export.merge import merge as merge_stage
+
     evaluate_stage(resolved)
-    print("3/3 merge")
+    print("3/3 merge", flush=True)
     merged = merge_stage(resolved, overwrite=True)
     print(f"Done. Model: {merged}. Next: make infer (ask it), make export-gguf (files for llama.cpp).")
 
