@@ -18,7 +18,7 @@ from emergency_kit.artifacts import hash_json, staged_file
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import Record, record_messages, render_prompt
 from emergency_kit.errors import DataError
-from emergency_kit.knowledge.cards import card_digest, load_cards
+from emergency_kit.knowledge.cards import load_cards
 
 IGNORE = -100
 TOKENS_VERSION = 1
@@ -129,11 +129,12 @@ def _check_row(name: str, row: list[int], prompt: int, tokenizer: Any) -> None:
 
 
 def cache_key(records: list[Record], tokenizer: Any, resolved: Resolved) -> str:
-    """Hash of data, cards, template, tokenizer, length, overlength rule and code version."""
+    """Hash of prompts as they are asked, answers, template, tokenizer, length, overlength rule and code version."""
     backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
-    dataset = resolved.config.dataset
-    return hash_json([TOKENS_VERSION, [record.to_json() for record in records], card_digest(load_cards()), dataset.grounding,
-                      dataset.overlength, resolved.config.model.max_seq_length, tokenizer.chat_template, backend,
+    dataset, cards = resolved.config.dataset, load_cards()
+    # The messages themselves: a change of cards, grounding or of how `data/format.py` renders them is a change here.
+    asked = [(record.id, record_messages(record, cards, dataset.grounding), record.output) for record in records]
+    return hash_json([TOKENS_VERSION, asked, dataset.overlength, resolved.config.model.max_seq_length, tokenizer.chat_template, backend,
                       [tokenizer.bos_token, tokenizer.eos_token],
                       render_prompt(tokenizer, [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}])])
 

@@ -116,3 +116,6 @@ def test_the_cache_is_used_and_never_stale(tokenizer: PreTrainedTokenizerBase, t
     monkeypatch.setattr(tokenize, "TOKENS_VERSION", 999)
     load_rows([GOLDEN], tokenizer, config)
     assert len(list((tmp_path / "cache").iterdir())) == 4
+    monkeypatch.setattr("emergency_kit.data.format.NO_CARD", "CARD: there is none.")
+    load_rows([GOLDEN], tokenizer, config)
+    assert len(list((tmp_path / "cache").iterdir())) == 5
