@@ -55,8 +55,8 @@ def load_situations(folder: Path = SCENARIOS) -> tuple[Situation, ...]:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise DataError(f"{path.name}: not valid YAML ({error})") from None
-        for hazard, items in content.items():
-            for number, item in enumerate(items, 1):
+        for hazard, entry in content.items():
+            for number, item in enumerate(entry["situations"], 1):
                 situations.append(_read_situation(f"{path.name}: {hazard} {number}", hazard, number, item))
     return tuple(situations)
 

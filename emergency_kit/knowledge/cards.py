@@ -14,7 +14,7 @@ import functools
 import re
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Any, Mapping
+from typing import Annotated, Any, Literal, Mapping, Optional
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StrictFloat, StrictInt, ValidationError, field_validator, model_validator
@@ -67,6 +67,11 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+Resource = Literal["a phone", "running water", "another person", "a way to move", "the device"]
+"""What an action can need and a scenario can lack; "the device" is the one that the action names (defibrillator, inhaler)."""
+Unit = Literal["minutes", "hours", "days", "seconds", "per minute", "times", "cm", "m", "km", "°C", "kg", "g", "mg", "ml", "litres", "drops", "%", "volts", "years"]
+
+
 class Action(_Frozen):
     """One thing to do."""
 
@@ -74,11 +79,17 @@ class Action(_Frozen):
     """One short imperative sentence."""
     phrases: tuple[Phrase, ...] = Field(min_length=3)
     """Any one of these in a normalised answer shows that it gives the action; the first stands in `text`."""
+    needs: Optional[Resource] = None
+    """What the action cannot be done without."""
+    instead: Optional[Line] = None
+    """What to do where that is lacking: one short imperative sentence."""
 
     @model_validator(mode="after")
     def _first_phrase_in_text(self) -> Action:
         if not contains_phrase(normalise(self.text), self.phrases[0]):
             raise ValueError(f"expected the first phrase {self.phrases[0]!r} to stand in the text {self.text!r}")
+        if (self.needs is None) != (self.instead is None):
+            raise ValueError("expected `needs` and `instead` together")
         return self
 
 
@@ -103,10 +114,18 @@ class Number(_Frozen):
 
     what: Line
     value: StrictInt | StrictFloat
-    unit: Line
-    tolerance: Line
+    unit: Unit
+    tolerance: tuple[StrictInt | StrictFloat, StrictInt | StrictFloat]
+    """Lowest and highest value that recognised bodies teach, both included."""
     source: Line
     year: Year
+
+    @model_validator(mode="after")
+    def _value_within_tolerance(self) -> Number:
+        low, high = self.tolerance
+        if not low <= self.value <= high:
+            raise ValueError(f"expected the value {self.value} within its tolerance {low} to {high}")
+        return self
 
 
 class Source(_Frozen):
@@ -124,6 +143,8 @@ class Card(_Frozen):
     category: Line
     """The name of the card's file; a file states it once for all its cards."""
     name: Line
+    service: Literal["ambulance", "fire", "police", "any"]
+    """Whom the emergency number has to reach, for countries with one number a service."""
     also_called: tuple[Line, ...] = Field(min_length=1)
     """Words that people use for it; for retrieval only."""
     signs: tuple[Line, ...] = Field(min_length=1)
