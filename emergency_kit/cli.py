@@ -22,8 +22,12 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=N
                   help="AI Emergency Kit: train, prove and ship an offline assistant for emergencies.")
 config_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the config.")
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Build and look at data.")
+cache_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Tokenised splits kept for the next run.")
+knowledge_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the knowledge cards and emergency numbers.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+data_app.add_typer(cache_app, name="cache")
+app.add_typer(knowledge_app, name="knowledge")
 
 Profile = Annotated[str, Option(help="auto, embedded or mistral-7b.")]
 ConfigPath = Annotated[Optional[str], Option("--config", help="Config folder (three YAML files), or one YAML file laid over the profile's.", metavar="FILE_OR_DIR")]
@@ -31,6 +35,7 @@ Settings = Annotated[Optional[list[str]], Option("--set", help="One config value
 ModelName = Annotated[Optional[str], Option(help="Name of the finished model's folder under <output-dir>/checkpoints.")]
 OutputDir = Annotated[Optional[str], Option(help="Folder for checkpoints, logs and what later stages write.")]
 Checkpoint = Annotated[Optional[Path], Option(help="Adapter, merged or base folder; by default the finished model of the config.")]
+Source = Annotated[Optional[str], Argument(help="embedded, a Hub dataset, a file, a folder or a glob; by default the configured dataset.", metavar="SOURCE")]
 Overwrite = Annotated[bool, Option("--overwrite", help="Replace an output that is already there.")]
 Debug = Annotated[bool, Option("--debug", help="Show tracebacks.")]
 
@@ -106,13 +111,14 @@ def infer(
     prompt: Annotated[Optional[str], Option(help="The situation; without it a session starts.")] = None,
     max_new_tokens: Annotated[Optional[int], Option(help="Longest answer in tokens.")] = None,
     temperature: Annotated[Optional[float], Option(help="0 is greedy.")] = None,
+    country: Annotated[Optional[str], Option(help="Two-letter code of the country whose emergency number answers name.")] = None,
     json: Annotated[bool, Option("--json", help="Print the answer as JSON.")] = False,
     output_dir: OutputDir = None, model_name: ModelName = None,
     config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, debug: Debug = False,
 ) -> None:
     """Ask the model: one prompt, or a session (quit or Ctrl-D leaves, Ctrl-C stops an answer)."""
     resolved = _resolve(profile, config, set_, training__model_name=model_name, training__output_dir=output_dir,
-                        inference__max_new_tokens=max_new_tokens, inference__temperature=temperature)
+                        inference__max_new_tokens=max_new_tokens, inference__temperature=temperature, inference__country=country)
     from emergency_kit.inference.chat import infer as stage
 
     stage(resolved, checkpoint=checkpoint, prompt=prompt, as_json=json)
@@ -204,26 +210,108 @@ def config_reference(debug: Debug = False) -> None:
 
 @data_app.command("build")
 def data_build(
-    output: Annotated[Path, Option(help="Folder for the three JSONL files.")] = Path("outputs/data/embedded"),
+    output: Annotated[Path, Option(help="Folder for the three JSONL files and the dataset card.")] = Path("outputs/data/embedded"),
     seed: Annotated[Optional[int], Option(help="Seed of the builder.")] = None,
+    size: Annotated[Optional[int], Option(help="Records, all splits together.")] = None,
     overwrite: Overwrite = False, debug: Debug = False,
 ) -> None:
     """Build the embedded dataset from the knowledge cards."""
     from emergency_kit.data.build import build as stage
 
-    stage(_resolve("embedded", None, None, dataset__build_seed=seed), output, overwrite=overwrite)
+    stage(_resolve("embedded", None, None, dataset__build_seed=seed, dataset__build_size=size), output, overwrite=overwrite)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    source: Source = None,
+    html: Annotated[Optional[Path], Option(help="Write a page with plots to this file.", metavar="FILE")] = None,
+    config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, debug: Debug = False,
+) -> None:
+    """Show what a dataset is made of and what is wrong with it."""
+    from emergency_kit.data.survey import inspect as stage
+
+    stage(_resolve(profile, config, set_), source, html)
 
 
 @data_app.command("preview")
 def data_preview(
-    split: Annotated[str, Argument(help="train, validation or test.")] = "train",
+    source: Source = None,
     number: Annotated[int, Option("-n", help="Rows to show.", min=1)] = 1,
+    split: Annotated[str, Option(help="train, validation or test.")] = "train",
+    ids: Annotated[bool, Option("--ids", help="One line a token, with its id and label.")] = False,
     config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, debug: Debug = False,
 ) -> None:
-    """Show rows as the model reads them, supervised tokens marked."""
-    from emergency_kit.data.tokenize import preview as stage
+    """Show rows as the model reads them, what is supervised in colour."""
+    from emergency_kit.data.preview import preview as stage
 
-    stage(_resolve(profile, config, set_), split, number)
+    if split not in ("train", "validation", "test"):
+        raise UsageError(f"--split: got {split!r}; expected train, validation or test")
+    stage(_resolve(profile, config, set_), source, split, number, ids)
+
+
+@cache_app.command("list")
+def data_cache_list(output_dir: OutputDir = None, config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, debug: Debug = False) -> None:
+    """List tokenised splits with their size and last use."""
+    from emergency_kit.data.cache import list_cache
+
+    list_cache(_resolve(profile, config, set_, training__output_dir=output_dir))
+
+
+@cache_app.command("prune")
+def data_cache_prune(
+    days: Annotated[float, Option(help="Keep what was used within so many days; 0 removes all.", min=0)] = 30,
+    output_dir: OutputDir = None, config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, debug: Debug = False,
+) -> None:
+    """Remove tokenised splits not used lately, and leftovers of killed processes."""
+    from emergency_kit.data.cache import prune_cache
+
+    prune_cache(_resolve(profile, config, set_, training__output_dir=output_dir), days)
+
+
+@knowledge_app.command("list")
+def knowledge_list(debug: Debug = False) -> None:
+    """List every card."""
+    from emergency_kit.knowledge.show import list_cards
+
+    list_cards()
+
+
+@knowledge_app.command("show")
+def knowledge_show(
+    hazard: Annotated[str, Argument(help="Id or name of a card, for instance stroke.")],
+    country: Annotated[str, Option(help="Two-letter code of the country whose emergency number is shown.")] = "", debug: Debug = False,
+) -> None:
+    """Show one card in full, with its sources."""
+    from emergency_kit.knowledge.show import show_card
+
+    show_card(hazard, country)
+
+
+@knowledge_app.command("find")
+def knowledge_find(
+    scenario: Annotated[str, Argument(help="What is reported, in words.")],
+    number: Annotated[int, Option("-n", help="Cards to rank.", min=1)] = 5, debug: Debug = False,
+) -> None:
+    """Rank the cards for a scenario, with the words that matched."""
+    from emergency_kit.knowledge.show import find_cards
+
+    find_cards(scenario, number)
+
+
+@knowledge_app.command("check")
+def knowledge_check(debug: Debug = False) -> None:
+    """Report contradictions, missing sources, stale years and rules that no phrase can satisfy."""
+    from emergency_kit.knowledge.show import print_check
+
+    print_check()
+
+
+@knowledge_app.command("reference")
+def knowledge_reference(debug: Debug = False) -> None:
+    """Print docs/Knowledge.md."""
+    from emergency_kit.knowledge.show import reference
+
+    print(reference(), end="")
 
 
 def main(verb: str | None = None) -> None:
@@ -266,7 +354,7 @@ def _explain(error: Exception, verb: str) -> int:
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own family of usage errors
         _say(f"{error.format_message()} Next: --help")
         return UsageError.exit_code
-    stage_code = {"train": 5, "pipeline": 5, "merge": 6, "export-gguf": 6, "evaluate": 4, "infer": 4, "data": 3}.get(verb, 1)
+    stage_code = {"train": 5, "pipeline": 5, "merge": 6, "export-gguf": 6, "evaluate": 4, "infer": 4, "data": 3, "knowledge": 3}.get(verb, 1)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -47,13 +47,16 @@ class DatasetConfig(Section):
     """What is trained on."""
 
     name: str = Field(default="embedded", min_length=1)
-    """`embedded` (built from the knowledge cards), a Hub dataset id, a folder with one JSONL file a split, or one JSONL file."""
+    """`embedded` (built from the knowledge cards), a Hub dataset (`owner/name` or `owner/name:revision`), or local files: one, a
+    folder or a glob, of .jsonl, .json, .csv, .tsv, .parquet or .arrow, plain or packed as .gz or .zst."""
+    config_name: Optional[str] = None
+    """Configuration (subset) of a Hub dataset."""
     revision: Optional[str] = None
     """Branch, tag or commit of a Hub dataset."""
     train_split: str = "train"
     """Name of the training split."""
     validation_split: str = "validation"
-    """Name of the validation split; where it is missing, a tenth of the training split is held out."""
+    """Name of the validation split; where it is missing, a tenth of the training split is held out, near-duplicates together."""
     test_split: str = "test"
     """Name of the test split; where it is missing, evaluation uses the validation split and says so."""
     columns: dict[str, str] = Field(default_factory=dict)
@@ -63,15 +66,17 @@ class DatasetConfig(Section):
     top_k: int = Field(default=2, ge=1, le=5)
     """Most knowledge cards in one prompt."""
     max_samples: Optional[int] = Field(default=None, ge=1)
-    """Most training records, drawn by seed; all when empty."""
+    """Most training records, drawn by seed after shuffling, the categories in turn; all when empty."""
     max_eval_samples: Optional[int] = Field(default=None, ge=1)
-    """Most validation records for the loss measured during training; all when empty."""
+    """Most validation records for the loss measured during training, drawn likewise; all when empty."""
     build_seed: int = Field(default=7, ge=0)
     """Seed of the embedded dataset's builder."""
+    build_size: int = Field(default=4000, ge=100)
+    """Records of the embedded dataset, all splits together."""
     overlength: Literal["error", "drop", "truncate_prompt"] = "error"
     """What happens to a record over `model.max_seq_length` tokens. An answer is never cut."""
     strict: bool = False
-    """Make anything that degrades (a dropped or truncated record) fatal."""
+    """Make anything that degrades (a rejected row, a dropped or truncated record) fatal."""
 
 
 class ModelSection(Section):
@@ -171,6 +176,8 @@ class EvaluationConfig(Section):
 class InferenceConfig(Section):
     """Answers to one person."""
 
+    country: str = Field(default="", pattern=r"^([A-Za-z]{2})?$")
+    """Two-letter code of the country whose emergency number answers name; empty for "your local emergency number"."""
     max_new_tokens: int = Field(default=768, ge=1)
     """Longest answer."""
     temperature: float = Field(default=0.0, ge=0, le=2)
@@ -201,7 +208,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fields_of_records_only(self) -> "Config":
-        known = ("id", "category", "role", "instruction", "input", "output")
+        known = ("id", "category", "role", "instruction", "input", "output", "country")
         for name in self.dataset.columns:
             if name not in known:
                 raise ValueError(f"dataset.columns: got {name!r}; expected one of {', '.join(known)}")

@@ -1,174 +1,190 @@
 """Builder of the embedded dataset: knowledge cards and hand-written situations become records.
 
-In: `knowledge/cards/*.yaml` (what is true) and `data/scenarios/*.yaml` (what people report; every
-situation belongs to one split, so no telling of it crosses). Out: three JSONL files and a manifest.
-The answer to copy from is always in the prompt; the builder adds the hard cases: an extra card, a
-wrong card only, no card, a bystander who contradicts the card. Same seed, same bytes.
-Run: `emergency-kit data build`.
+In: `knowledge/cards/*.yaml` (what is true), `data/scenarios/*.yaml` (what people report). Out: three JSONL
+files, a dataset card (README.md) and a manifest. The answer to copy from is always in the prompt; the
+builder adds the hard cases in stated shares. Same seed and size, same bytes, on any machine.
+Run: `emergency-kit data build --seed 7 --size 4000`.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from functools import lru_cache
+from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Iterator, Mapping
-
-import yaml
+from typing import Iterator, Mapping, Sequence
 
 from emergency_kit.artifacts import hash_json, load_manifest, save_manifest, staged_folder
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import Answer, Record, render_answer
+from emergency_kit.data.answers import Telling, build_answer, check_record
+from emergency_kit.data.format import Record, render_answer
+from emergency_kit.data.situations import SPLITS, Situation, load_situations
+from emergency_kit.data.variation import Addition, hurry, join, load_additions, shout
 from emergency_kit.errors import DataError, UsageError
-from emergency_kit.knowledge.cards import Card, card_digest, load_cards
-from emergency_kit.knowledge.retrieve import SAFE_MINIMUM, Retriever
+from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, load_cards
+from emergency_kit.knowledge.emergency_numbers import find_country, load_numbers
+from emergency_kit.knowledge.retrieve import Retriever, cue_digest
 
-SCENARIOS = Path(__file__).parent / "scenarios"
-SPLITS = ("train", "validation", "test")
-BUILDER_VERSION = 2
-# Shares of the training tellings that get a changed set of cards; the rest shows the right card alone.
-EXTRA_CARD, WRONG_CARD, NO_CARD = 0.40, 0.04, 0.04
-# Share of the tellings with an extra card in which the right card stands second.
-SECOND_PLACE = 0.15
-
-
-@dataclass(frozen=True)
-class Situation:
-    """One reported situation. tellings: `(role, text)` pairs that report the same facts."""
-
-    hazard: str
-    number: int
-    split: str
-    facts: tuple[str, ...]
-    unknown: tuple[str, ...]
-    tellings: tuple[tuple[str, str], ...]
-    wrong_advice: str = ""
+BUILDER_VERSION = 3
+# Shares of the training records of one hazard that show a changed set of cards; the rest shows the right card alone.
+SHARES = {"extra card": 0.40, "wrong card only": 0.04, "no card": 0.04}
+# Share of the records with an extra card in which the right card stands second, as when retrieval errs.
+SECOND_PLACE = 0.10
+# Share of the records whose cards show a country's emergency number instead of "your local emergency number".
+COUNTRY = 0.30
+# Shares of the varied records (all beyond the hand-written tellings) that get each kind of variation.
+WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED = 0.30, 0.85, 0.25, 0.25, 0.02
+# Most tries to find a variation that is not there yet.
+TRIES = 20
 
 
-@lru_cache(maxsize=4)
-def load_situations(folder: Path = SCENARIOS) -> tuple[Situation, ...]:
-    """All situations, in file and position order; raises DataError naming file, hazard and number."""
-    situations = []
-    for path in sorted(folder.glob("*.yaml")):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise DataError(f"{path.name}: not valid YAML ({error})") from None
-        for hazard, entry in content.items():
-            for number, item in enumerate(entry["situations"], 1):
-                situations.append(_read_situation(f"{path.name}: {hazard} {number}", hazard, number, item))
-    return tuple(situations)
-
-
-def _read_situation(place: str, hazard: str, number: int, item: Mapping[str, Any]) -> Situation:
-    try:
-        situation = Situation(
-            hazard=hazard, number=number, split=item["split"],
-            facts=tuple(item["facts"]), unknown=tuple(item["unknown"]), wrong_advice=item.get("wrong_advice", ""),
-            tellings=tuple((telling["role"], telling["text"]) for telling in item["tellings"]))
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{place}: lacks {error}") from None
-    if situation.split not in SPLITS:
-        raise DataError(f"{place}: split is {situation.split!r}; expected one of {', '.join(SPLITS)}")
-    return situation
-
-
-def dataset_digest(seed: int) -> str:
+def dataset_digest(seed: int, size: int) -> str:
     """sha256 of everything that shapes the embedded dataset."""
     situations = [vars(situation) for situation in load_situations()]
-    return hash_json([BUILDER_VERSION, seed, EXTRA_CARD, WRONG_CARD, NO_CARD, SECOND_PLACE, card_digest(load_cards()), situations])
+    additions = {use: [vars(item) for item in items] for use, items in load_additions().items()}
+    shares = [SHARES, SECOND_PLACE, COUNTRY, WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED]
+    return hash_json([BUILDER_VERSION, seed, size, shares, card_digest(load_cards()), cue_digest(), sorted(load_numbers()), situations, additions])
 
 
-def build_records(seed: int, top_k: int = 2) -> dict[str, list[Record]]:
-    """Records of the three splits. Validation and test show the cards that retrieval finds, as in use."""
+def build_records(seed: int, size: int, top_k: int = 2) -> dict[str, list[Record]]:
+    """Records of the three splits, `size` in all. Validation and test show the cards that retrieval finds, as in use.
+
+    Raises DataError where a situation names no card, or the material cannot give `size` distinct records.
+    """
     cards = load_cards()
     retriever = Retriever(cards, top_k)
     chance = random.Random(seed)
+    situations = load_situations()
+    unknown = sorted({hazard for situation in situations for hazard in situation.hazards if hazard not in cards})
+    if unknown:
+        raise DataError(f"scenarios: hazard {unknown[0]!r} has no knowledge card")
+    countries = sorted(load_numbers())
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for situation in load_situations():
-        if situation.hazard not in cards:
-            raise DataError(f"scenarios: hazard {situation.hazard!r} has no knowledge card")
-        for letter, (role, text) in zip("abcdefgh", situation.tellings):
-            found = [hit.card_id for hit in retriever.find(text)]
-            shown = _train_cards(situation.hazard, found, cards, chance, top_k) if situation.split == "train" else found
-            records[situation.split].append(_record(situation, letter, role, text, shown, cards))
-    chance.shuffle(records["train"])
+    for place, (situation, telling, letter) in enumerate(_tellings(situations, size, chance)):
+        country = chance.choice(countries) if chance.random() < COUNTRY else ""
+        found = retriever.find(telling.text)
+        if situation.split == "train":
+            shown, fits = _train_cards(situation, [hit.card_id for hit in found.ranked], cards, chance, top_k)
+        else:
+            shown, fits = found.ids, found.fits
+        records[situation.split].append(_record(situation, telling, f"{situation.name}{letter}", shown, fits, country, cards))
+    for split in SPLITS:
+        chance.shuffle(records[split])
     return records
 
 
-def _train_cards(hazard: str, found: list[str], cards: Mapping[str, Card], chance: random.Random, top_k: int) -> list[str]:
-    """Cards shown with a training telling, by the stated shares."""
-    others = [card_id for card_id in found if card_id != hazard]
-    near = [card.id for card in cards.values() if card.id not in (hazard, SAFE_MINIMUM, *others)]
+def _tellings(situations: Sequence[Situation], size: int, chance: random.Random) -> Iterator[tuple[Situation, Telling, str]]:
+    """`size` tellings: the hand-written ones (the hazards in turn where there are too many), then varied ones."""
+    written = [(situation, Telling(role, text, (), situation.lacks, situation.wrong_advice), letter)
+               for situation in situations for letter, (role, text) in zip("abcdefgh", situation.tellings)]
+    if size <= len(written):
+        yield from _balanced(written, size, chance)
+        return
+    yield from written
+    seen = {telling.text for _, telling, _ in written}
+    # Every telling once more, then again, so that no situation is told much more often than another.
+    for round_ in range(1, 1000):
+        order = chance.sample(range(len(written)), len(written))
+        for index in order:
+            if len(seen) >= size:
+                return
+            situation, telling, letter = written[index]
+            varied = next((new for new in (_vary(situation, telling, chance) for _ in range(TRIES)) if new.text not in seen), None)
+            if varied:
+                seen.add(varied.text)
+                yield situation, varied, f"{letter}{round_}"
+    raise DataError(f"data build: the material gives no {size} distinct records; ask for fewer with --size")
+
+
+def _balanced(written: list[tuple[Situation, Telling, str]], size: int, chance: random.Random) -> list[tuple[Situation, Telling, str]]:
+    turns: dict[tuple[str, ...], list[tuple[Situation, Telling, str]]] = defaultdict(list)
+    for item in chance.sample(written, len(written)):
+        turns[(item[0].split, *item[0].hazards)].append(item)
+    order = [(turn, items[turn]) for items in turns.values() for turn in range(len(items))]
+    return [item for _, item in sorted(order, key=lambda pair: pair[0])[:size]]
+
+
+def _vary(situation: Situation, telling: Telling, chance: random.Random) -> Telling:
+    """Another telling of the same situation: sentences added, advice passed on, or typed in a hurry."""
+    sentences = {use: [item for item in items if item.split == situation.split] for use, items in load_additions().items()}
+    text, facts, lacks, advice = telling.text, [], list(telling.lacks), telling.wrong_advice
+    if not advice and situation.misleading and chance.random() < WRONG_ADVICE:
+        advice = chance.choice(situation.misleading)
+        speaker = chance.choice(sentences["speakers"])
+        text = join(text, speaker.text.replace("{advice}", advice))
+        facts.append(speaker.fact.replace("{advice}", advice))
+    if chance.random() < ADDITION or text == telling.text:
+        fitting = [item for item in sentences["additions"] if situation.setting in item.settings and item.lacks not in (lacks or [None])]
+        for addition in chance.sample(fitting, min(len(fitting), chance.choice((1, 1, 2)))):
+            text = join(addition.text, text) if chance.random() < 0.35 else join(text, addition.text)
+            facts.append(addition.fact)
+            lacks += [addition.lacks] if addition.lacks else []
+    if chance.random() < OPENING:
+        text = join(chance.choice(sentences["openings"]).text, text)
+    draw = chance.random()
+    text = hurry(text, chance) if draw < HURRIED else shout(text) if draw < HURRIED + SHOUTED else text
+    return replace(telling, text=text, facts=tuple(facts), lacks=tuple(dict.fromkeys(lacks)), wrong_advice=advice)
+
+
+def _train_cards(situation: Situation, found: list[str], cards: Mapping[str, Card], chance: random.Random, top_k: int) -> tuple[list[str], int]:
+    """`(cards shown, how many of them fit)` for a training record, by the stated shares."""
+    right = list(situation.hazards)
+    others = [card_id for card_id in found if card_id not in right]
+    near = [card.id for card in cards.values() if card.id not in (*right, SAFE_MINIMUM, *others)]
     others += chance.sample(near, 2)
     draw = chance.random()
-    if hazard == SAFE_MINIMUM:
-        return others[:1] if draw < 0.4 else []
-    if draw < WRONG_CARD:
-        return others[:1]
-    if draw < WRONG_CARD + NO_CARD:
-        return []
-    if draw < WRONG_CARD + NO_CARD + EXTRA_CARD and top_k > 1:
+    if right == [SAFE_MINIMUM]:
+        return (others[:1], 1) if draw < 0.3 else ([], 0)
+    if len(right) > 1:
+        return right[:top_k], len(right[:top_k])
+    if draw < SHARES["wrong card only"]:
+        return others[:1], 1
+    if draw < SHARES["wrong card only"] + SHARES["no card"]:
+        return [], 0
+    if draw < sum(SHARES.values()) and top_k > 1:
         shown = others[:1 if top_k == 2 or chance.random() < 0.7 else 2]
-        # Best first, as in use; now and then second, as when retrieval errs.
-        shown.insert(0 if chance.random() > SECOND_PLACE else 1, hazard)
-        return shown
-    return [hazard]
+        shown.insert(0 if chance.random() > SECOND_PLACE else 1, right[0])
+        return shown, 1
+    return right, 1
 
 
-def _record(situation: Situation, letter: str, role: str, text: str, shown: list[str], cards: Mapping[str, Card]) -> Record:
-    fits = situation.hazard in shown
-    followed = cards[situation.hazard if fits else SAFE_MINIMUM]
+def _record(situation: Situation, telling: Telling, name: str, shown: Sequence[str], fits: int, country: str, cards: Mapping[str, Card]) -> Record:
+    followed = [hazard for hazard in situation.hazards if hazard in shown] or [SAFE_MINIMUM]
     # A training answer can only be held to what its prompt shows; a test answer to what is right.
-    target = situation.hazard if fits or situation.split != "train" else SAFE_MINIMUM
-    return Record(
-        id=f"{situation.hazard}/{situation.number}{letter}", category=cards[situation.hazard].category, role=role,
-        input=text, output=render_answer(build_answer(situation, followed, fits)), hazards=(target,), cards=tuple(shown),
-        sources=tuple(f"{source.body}, {source.title}, {source.year}" for source in followed.sources))
-
-
-def build_answer(situation: Situation, card: Card, fits: bool) -> Answer:
-    """The answer that a situation deserves under a card; `fits` False means that `card` is the safe minimum."""
-    analysis = [f"The card that fits is: {card.name}." if fits else "No card fits this situation, so this is only the safe minimum."]
-    analysis += card.dangers
-    if situation.wrong_advice:
-        reason = "follow the card" if fits else "no card supports it"
-        analysis.append(f"Do not follow the advice to {situation.wrong_advice}; {reason}.")
-    # Taught to name an open question of its own beside a card's checked ones, a small model invents them
-    # ("whether he has a drink"), and they cost two fifths of the last loss. Without a card there is nothing else.
-    unknown = () if fits else situation.unknown
-    return Answer(
-        facts=situation.facts, uncertainties=(*unknown, *card.uncertainties), analysis=tuple(analysis),
-        guidance=(*(action.text for action in card.critical_actions), *(rule.text for rule in card.never)))
+    targets = tuple(followed) if situation.split == "train" else situation.hazards
+    answer = build_answer(situation, telling, [cards[card_id] for card_id in followed], find_country(country))
+    record = Record(
+        id=name, category=cards[situation.hazards[0]].category, role=telling.role, input=telling.text, output=render_answer(answer),
+        hazards=targets, cards=tuple(shown), fits=fits, lacks=telling.lacks, country=country,
+        sources=tuple(dict.fromkeys(f"{source.body}, {source.title}, {source.year}" for card_id in followed for source in cards[card_id].sources)))
+    problems = check_record(record, cards, followed)
+    if problems:
+        raise DataError(f"record {name}: its answer fails its own card: {problems[0]}; mend the card's phrases or the situation")
+    return record
 
 
 def build(resolved: Resolved, out: Path, overwrite: bool = False) -> Path:
-    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl` and `manifest.json` into `out`."""
+    """Write `train.jsonl`, `validation.jsonl`, `test.jsonl`, the dataset card `README.md` and `manifest.json` into `out`."""
+    from emergency_kit.data.describe import describe
+
     if out.exists() and any(out.iterdir()) and not overwrite and load_manifest(out) is None:
         raise UsageError(f"{out}: already there and not a built dataset; name another folder with --output, or pass --overwrite")
-    seed = resolved.config.dataset.build_seed
-    records = build_records(seed, resolved.config.dataset.top_k)
+    dataset = resolved.config.dataset
+    records = build_records(dataset.build_seed, dataset.build_size, dataset.top_k)
     with staged_folder(out) as folder:
         for split in SPLITS:
             (folder / f"{split}.jsonl").write_text("".join(f"{record.to_json()}\n" for record in records[split]), encoding="utf-8")
-        save_manifest(folder, "data", resolved, dataset_hash=dataset_digest(seed),
-                      extra={"records": {split: len(records[split]) for split in SPLITS}, "top_k": resolved.config.dataset.top_k})
-    print(f"Dataset built in {out}: " + ", ".join(f"{len(records[split])} {split}" for split in SPLITS))
+        (folder / "README.md").write_text(describe(records, dataset.build_seed), encoding="utf-8")
+        save_manifest(folder, "data", resolved, dataset_hash=dataset_digest(dataset.build_seed, dataset.build_size),
+                      extra={"records": {split: len(records[split]) for split in SPLITS}, "top_k": dataset.top_k})
+    print(f"Dataset built in {out}: " + ", ".join(f"{len(records[split])} {split}" for split in SPLITS) + f"; its card is {out / 'README.md'}")
     return out
 
 
 def ensure_built(resolved: Resolved) -> Path:
     """Folder of the embedded dataset under the output folder, built anew where it is missing or stale."""
     out = Path(resolved.config.training.output_dir) / "data" / "embedded"
-    manifest = load_manifest(out)
-    fresh = manifest is not None and manifest.get("top_k") == resolved.config.dataset.top_k \
-        and manifest["dataset_hash"] == dataset_digest(resolved.config.dataset.build_seed)
+    manifest, dataset = load_manifest(out), resolved.config.dataset
+    fresh = manifest is not None and manifest.get("top_k") == dataset.top_k \
+        and manifest["dataset_hash"] == dataset_digest(dataset.build_seed, dataset.build_size)
     return out if fresh else build(resolved, out, overwrite=True)
-
-
-def iterate_tellings() -> Iterator[tuple[str, str]]:
-    """`(split, text)` of every telling."""
-    for situation in load_situations():
-        for _, text in situation.tellings:
-            yield situation.split, text

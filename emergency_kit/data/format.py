@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Mapping, Optional, Sequence
 
-from emergency_kit.knowledge.cards import Card
+from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card
+from emergency_kit.knowledge.emergency_numbers import find_country, localise
 
 SECTIONS = ("facts", "uncertainties", "analysis", "guidance")
 SYSTEM_PROMPT = (
@@ -20,7 +21,7 @@ SYSTEM_PROMPT = (
     "Take guidance only from the card that fits the situation, in its order. "
     "If no card fits, say so and give the safe minimum."
 )
-NO_CARD = "CARD: none fits."
+SAFE_HEADING = "CARD: none fits. SAFE MINIMUM"
 ANSWER_SCHEMA = {
     "type": "object",
     "properties": {section: {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1} for section in SECTIONS},
@@ -34,7 +35,9 @@ class Record:
     """One training or test example.
 
     hazards: cards that the answer must follow. cards: cards shown in the prompt, in order; they
-    differ where a wrong card, an extra card or none was found.
+    differ where a wrong card, an extra card or none was found; None means that retrieval has not been
+    asked yet. fits: how many of them, from the first, are shown as cards that fit. lacks: resources that
+    the situation is without. country: two-letter code whose emergency number the prompt shows.
     """
 
     id: str
@@ -44,7 +47,10 @@ class Record:
     category: str = ""
     role: str = ""
     hazards: tuple[str, ...] = ()
-    cards: tuple[str, ...] = ()
+    cards: Optional[tuple[str, ...]] = None
+    fits: int = 1
+    lacks: tuple[str, ...] = ()
+    country: str = ""
     sources: tuple[str, ...] = ()
 
     def to_json(self) -> str:
@@ -79,34 +85,65 @@ class Parsed:
         return not self.problems
 
 
-def render_card(card: Card, heading: str = "CARD") -> str:
-    """A knowledge card as the model reads it."""
+def render_card(card: Card, heading: str = "CARD", country: str = "") -> str:
+    """A knowledge card as the model reads it, with the emergency number of a country."""
+    where = find_country(country)
     lines = [f"{heading}: {card.name}", *(f"Danger: {danger}" for danger in card.dangers)]
-    lines += [f"{number}. {action.text}" for number, action in enumerate(card.critical_actions, 1)]
+    for number, action in enumerate(card.critical_actions, 1):
+        without = f" Without {action.needs}: {action.instead}" if action.instead else ""
+        lines.append(f"{number}. {localise(action.text, where, card.service)}{without}")
     lines += [f"Never: {rule.text}" for rule in card.never]
     lines += [f"Ask: {unknown}" for unknown in card.uncertainties]
     return "\n".join(lines)
 
 
-def build_messages(scenario: str, cards: Iterable[Card] | None, instruction: str = "") -> list[dict[str, str]]:
+def build_messages(scenario: str, cards: Sequence[Card] | None, instruction: str = "", country: str = "", fits: int = 1) -> list[dict[str, str]]:
     """Chat messages that ask for an answer.
 
-    cards: the knowledge cards to show, best first; empty says that none fits; None means that
-    prompts are not grounded (`dataset.grounding: none`).
+    cards: the knowledge cards to show, best first; only the safe minimum says that none fits; None means
+    that prompts are not grounded (`dataset.grounding: none`). fits: how many of them fit, from the first.
     """
     blocks: list[str] = []
-    if cards is not None:
-        # A model this small cannot weigh two cards by itself; the heading passes on which one retrieval trusts most.
-        blocks += [render_card(card, "OTHER CARD" if rank else "CARD") for rank, card in enumerate(cards)] or [NO_CARD]
+    for rank, card in enumerate(cards or ()):
+        # A model this small cannot weigh two cards by itself; the heading passes on which ones retrieval trusts.
+        heading = SAFE_HEADING if card.id == SAFE_MINIMUM else "CARD" if rank < fits else "OTHER CARD"
+        blocks.append(render_card(card, heading, country))
     blocks += [text for text in (instruction.strip(),) if text]
     blocks += [f"SITUATION: {scenario.strip()}"] if scenario.strip() else []
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "\n\n".join(blocks)}]
 
 
+def shown_cards(ids: Iterable[str], cards: Mapping[str, Card]) -> list[Card]:
+    """The cards of a prompt: those that were found, or the safe minimum where none was."""
+    return [cards[card_id] for card_id in ids] or [cards[SAFE_MINIMUM]]
+
+
 def record_messages(record: Record, cards: Mapping[str, Card], grounding: str) -> list[dict[str, str]]:
     """The prompt of a record under `dataset.grounding`."""
-    shown = [cards[card_id] for card_id in record.cards] if grounding == "cards" else None
-    return build_messages(record.input, shown, record.instruction)
+    shown = shown_cards(record.cards or (), cards) if grounding == "cards" else None
+    return build_messages(record.input, shown, record.instruction, record.country, record.fits)
+
+
+class PromptRenderer:
+    """`render_prompt` for many prompts: the chat template is rendered once where all it does is wrap the user's text."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._wrapped: tuple[str, str] | None = None
+        texts = ("first mark", "CARD: second\n\nmark {{ 1 }}")
+        rendered = [render_prompt(tokenizer, build_messages(text, None)) for text in texts]
+        asked = [build_messages(text, None)[1]["content"] for text in texts]
+        head, mark, tail = rendered[0].partition(asked[0])
+        if mark and rendered[1] == head + asked[1] + tail:
+            self._wrapped = head, tail
+
+    def __call__(self, messages: list[dict[str, str]]) -> str:
+        """Prompt text up to where the answer begins."""
+        content = messages[1]["content"]
+        # Templates may trim what stands at the ends, and the wrapping was found with the kit's own system prompt.
+        if self._wrapped and messages[0]["content"] == SYSTEM_PROMPT and content == content.strip():
+            return content.join(self._wrapped)
+        return render_prompt(self._tokenizer, messages)
 
 
 def render_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:

@@ -1,177 +1,275 @@
-"""Loading: any source becomes a list of records, or one clear error that names the place.
+"""Loading: a split of any source as a stream of records, with nothing lost silently.
 
-In: `dataset` of the config: `embedded`, a Hub dataset, a folder with one JSONL file a split, or one
-JSONL file. Out: `Record`s of a split. All sources yield `(place, row)` pairs to one mapping.
+In: `dataset` of the config. Out: a `Split`, which can be read any number of times, in the same order.
+Rows that cannot become a record are counted by reason and listed in a file; `dataset.strict` makes the
+first of them fatal. Memory: none that grows, but 9 bytes a record where a split is sampled, and some
+300 (a MinHash signature) where a validation split is held out.
 """
 
 from __future__ import annotations
 
-import json
-import random
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Iterator, Mapping
+from typing import Any, Callable, Iterator, Mapping
+
+import numpy as np
 
 from emergency_kit.artifacts import hash_json
 from emergency_kit.config import DatasetConfig, Resolved
 from emergency_kit.data.build import ensure_built
+from emergency_kit.data.columns import MAP_THEM, SUPPORTED, Form, Rejected, recognise
 from emergency_kit.data.format import Record
+from emergency_kit.data.formats import Row
+from emergency_kit.data.rejected import RejectedList, describe_rejected
+from emergency_kit.data.sources import Files, Hub, open_source
 from emergency_kit.errors import DataError
-from emergency_kit.knowledge.cards import load_cards
-from emergency_kit.knowledge.retrieve import Retriever
+from emergency_kit.knowledge.cards import card_digest, load_cards
+from emergency_kit.knowledge.emergency_numbers import load_numbers
+from emergency_kit.knowledge.retrieve import Retriever, cue_digest
 
-Rows = Iterator[tuple[str, Mapping[str, Any]]]
 HELD_OUT_SHARE = 0.1
+# Rows that are looked at before the first is read: a form that none of them has is an error of the whole file.
+LOOK_AHEAD = 100
 
 
-def load_split(resolved: Resolved, split: str) -> list[Record]:
-    """Records of `train`, `validation` or `test`, in source order.
+@dataclass
+class Split:
+    """Records of one split, read from the source at each iteration.
 
-    A missing validation split is held out of train by seed; a missing test split is the validation
-    split; both are said aloud. Raises DataError with place and remedy for anything unreadable.
+    held_out: `validation` or `train` where both are made from the training rows. said: lines that were
+    printed about its forms. columns: of the first rows. rejected: counts by reason of the last reading.
+    """
+
+    name: str
+    source: Files | Hub
+    dataset: DatasetConfig
+    seed: int
+    source_split: str
+    held_out: str = ""
+    limit: int | None = None
+    said: list[str] = field(default_factory=list)
+    forms: list[str] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
+    rejected: Counter[str] = field(default_factory=Counter)
+    on_rejected: Callable[[Row, Rejected], None] | None = None
+    _kept: np.ndarray | None = None
+
+    def digest(self) -> str:
+        """sha256 of all that decides which records this split has and which cards they show."""
+        dataset = self.dataset
+        grounded = [card_digest(load_cards()), cue_digest(), dataset.top_k] if dataset.grounding == "cards" else []
+        return hash_json([self.source.digest(self.source_split), dict(dataset.columns), dataset.grounding, grounded, self.held_out, self.limit,
+                          self.seed if self.held_out or self.limit else None])
+
+    def __iter__(self) -> Iterator[Record]:
+        """Records of this split with their cards; raises DataError where there is none."""
+        kept = self._select()
+        ground = _grounding(self.dataset)
+        count = 0
+        for count, record in enumerate(self._read(), 1):
+            if kept is None or count <= len(kept) and kept[count - 1]:
+                yield ground(record)
+        if kept is not None and count != len(kept):
+            raise DataError(f"dataset {self.source.name}: changed while it was read; run again")
+        if not count:
+            raise self._no_records()
+
+    def every(self) -> Iterator[Record]:
+        """All records that the source's split has, with their cards, and no error where there is none."""
+        yield from map(_grounding(self.dataset), self._read())
+
+    def _read(self, quiet: bool = False) -> Iterator[Record]:
+        """Records of all rows that can become one. quiet: nothing is printed, counted or listed."""
+        forms: dict[tuple[str, ...], Form | None] = {}
+        rows = self.source.rows(self.source_split)
+        head = list(islice(rows, LOOK_AHEAD))
+        self._look_at(head)
+        check = _card_check(self.dataset)
+        self.rejected.clear()
+        for row in chain(head, rows):
+            try:
+                record = check(self._build(row, forms, quiet))
+            except Rejected as reason:
+                if self.dataset.strict:
+                    raise DataError(f"{row.place}: {reason}; mend or remove it (dataset.strict makes it fatal)") from None
+                self.rejected[reason.reason] += 1
+                if self.on_rejected and not quiet:
+                    self.on_rejected(row, reason)
+            else:
+                yield record
+
+    def _look_at(self, head: list[Row]) -> None:
+        readable = [row for row in head if not row.problem]
+        if not readable:
+            return
+        self.columns = tuple(dict.fromkeys(str(name) for row in readable for name in row.value))
+        has = ", ".join(self.columns)
+        for name, column in self.dataset.columns.items():
+            if column not in self.columns:
+                raise DataError(f"{readable[0].place}: no column {column!r}, which dataset.columns names for {name}; it has {has}. Next: set dataset.columns")
+        if not any(recognise(tuple(row.value), self.dataset.columns) for row in readable):
+            raise DataError(f"{readable[0].place}: columns {has} are no known form ({SUPPORTED}). {MAP_THEM}")
+
+    def _build(self, row: Row, forms: dict[tuple[str, ...], Form | None], quiet: bool) -> Record:
+        if row.problem:
+            reason, _, detail = row.problem.partition(" (")
+            raise Rejected(reason, detail.removesuffix(")"))
+        names = tuple(row.value)
+        if names not in forms:
+            forms[names] = recognise(names, self.dataset.columns)
+        form = forms[names]
+        if form is None:
+            raise Rejected("columns of no known form", ", ".join(names))
+        if not quiet and form.name not in self.forms:
+            self._say(form, row)
+        return form.build(row.value, row.place)
+
+    def _say(self, form: Form, row: Row) -> None:
+        unread = [name for name in self.columns if name not in form.columns] if not self.forms else []
+        what = f"from {row.place} on also" if self.forms else f"{self.source.describe(self.source_split)}"
+        self.forms.append(form.name)
+        self.said.append(f"{self.name}: {what} read as {form}" + (f"; columns not read: {', '.join(unread)}" if unread else ""))
+        print(self.said[-1], flush=True)
+
+    def _no_records(self) -> DataError:
+        why = f"; all {self.rejected.total()} rows were rejected ({describe_rejected(self.rejected)})" if self.rejected else ""
+        return DataError(f"dataset {self.source.name}: split {self.source_split!r} has no records{why}. Next: emergency-kit data inspect {self.source.name}")
+
+    def _select(self) -> np.ndarray | None:
+        """Which records of the source's split belong to this one, bool (records,); None for all of them."""
+        if self._kept is not None or not (self.held_out or self.limit):
+            return self._kept
+        if self.source_split not in self.source.groups:
+            self.source.groups[self.source_split] = self._measure()
+        categories, groups = self.source.groups[self.source_split]
+        chance = np.random.default_rng(self.seed)
+        kept = np.ones(len(categories), bool)
+        if self.held_out:
+            assert groups is not None
+            held = _hold_out(groups, chance)
+            kept = held if self.held_out == "validation" else ~held
+            if not kept.any():
+                raise DataError(f"dataset {self.source.name}: {len(groups)} records that say the same cannot be split into training and validation; "
+                                "add records, or a validation split")
+        if self.limit is not None and self.limit < kept.sum():
+            kept = _sample(kept, categories, self.limit, chance)
+        self._kept = kept
+        return kept
+
+    def _measure(self) -> tuple[np.ndarray, np.ndarray | None]:
+        """`(category, near-duplicate group)` of each record of the source's split, as numbers; no groups where none are needed."""
+        from emergency_kit.data import duplicates
+
+        numbers: dict[str, int] = {}
+        categories: list[int] = []
+
+        def texts() -> Iterator[str]:
+            for record in self._read(quiet=True):
+                categories.append(numbers.setdefault(record.category, len(numbers)))
+                yield duplicates.question_of(record)
+
+        groups = duplicates.group(duplicates.build_signatures(texts()), duplicates.SAFELY_SIMILAR) if self.held_out else None
+        for _ in texts() if groups is None else ():
+            pass
+        if not categories:
+            raise self._no_records()
+        return np.asarray(categories, np.int32), groups
+
+
+def _hold_out(groups: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+    """A tenth of the records, whole groups only, so that no near-duplicate crosses."""
+    names, sizes = np.unique(groups, return_counts=True)
+    wanted = max(1, round(len(groups) * HELD_OUT_SHARE))
+    order = chance.permutation(len(names))
+    order = order[sizes[order] <= wanted]
+    taken = order[np.cumsum(sizes[order]) <= wanted]
+    # Where every group is over a tenth, the smallest one is held out.
+    return np.isin(groups, names[taken] if len(taken) else names[[np.argmin(sizes)]])
+
+
+def _sample(kept: np.ndarray, categories: np.ndarray, limit: int, chance: np.random.Generator) -> np.ndarray:
+    """`limit` of the kept records after shuffling, the categories in turn until they run out."""
+    order = chance.permutation(np.flatnonzero(kept))
+    turn = np.zeros(len(order), np.int64)
+    for category in np.unique(categories[order]):
+        places = np.flatnonzero(categories[order] == category)
+        turn[places] = np.arange(len(places))
+    chosen = order[np.argsort(turn, kind="stable")[:limit]]
+    return np.isin(np.arange(len(kept)), chosen)
+
+
+def _card_check(dataset: DatasetConfig) -> Callable[[Record], Record]:
+    """What rejects records that name a card or a country that there is not."""
+    cards, countries = load_cards(), load_numbers()
+
+    def check(record: Record) -> Record:
+        if dataset.grounding == "cards":
+            for card in record.cards or ():
+                if card not in cards:
+                    raise Rejected("unknown card", card)
+            if record.country and record.country.upper() not in countries:
+                raise Rejected("unknown country code", record.country)
+        return record
+
+    return check
+
+
+def _grounding(dataset: DatasetConfig) -> Callable[[Record], Record]:
+    """What finds the cards of a record that names none."""
+    retriever: Any = None
+
+    def ground(record: Record) -> Record:
+        nonlocal retriever
+        if record.cards is not None or dataset.grounding != "cards":
+            return record
+        retriever = retriever or Retriever(load_cards(), dataset.top_k)
+        found = retriever.find(record.input or record.instruction)
+        return replace(record, cards=tuple(found.ids), fits=found.fits)
+
+    return ground
+
+
+def open_split(resolved: Resolved, split: str) -> Split:
+    """The split `train`, `validation` or `test`, with `max_samples` and `max_eval_samples` applied to the first two."""
+    return open_splits(resolved, split)[split]
+
+
+def open_splits(resolved: Resolved, *names: str) -> dict[str, Split]:
+    """Several splits of one source, which is opened once.
+
+    A missing validation split is held out of train; a missing test split is the validation split;
+    both are said aloud. Raises DataError for a source that is not there.
     """
     dataset = resolved.config.dataset
+    source = open_source(dataset, ensure_built(resolved) if dataset.name == "embedded" else None)
+    return {name: _choose(source, dataset, resolved.config.training.seed, name) for name in names}
+
+
+def _choose(source: Files | Hub, dataset: DatasetConfig, seed: int, split: str) -> Split:
     names = {"train": dataset.train_split, "validation": dataset.validation_split, "test": dataset.test_split}
-    source = _source(resolved)
+    limits = {"train": dataset.max_samples, "validation": dataset.max_eval_samples, "test": None}
     available = source.splits()
+    limit = limits[split]
     if split == "test" and names["test"] not in available:
         print(f"{dataset.name} has no {names['test']} split: the validation split stands in for it", flush=True)
         split = "validation"
     if split in ("train", "validation") and names["validation"] not in available:
-        return _held_out(source, names["train"], split, resolved)
-    return _records(source, names[split], dataset)
+        if split == "validation":
+            print(f"{dataset.name} has no {names['validation']} split: a tenth of its {names['train']} records is held out, "
+                  f"near-duplicates together (seed {seed})", flush=True)
+        return Split(split, source, dataset, seed, names["train"], held_out=split, limit=limit)
+    return Split(split, source, dataset, seed, names[split], limit=limit)
+
+
+def load_split(resolved: Resolved, split: str) -> list[Record]:
+    """All records of a split in memory; what was rejected is said aloud and listed under `<output_dir>/data/`."""
+    stream = open_split(resolved, split)
+    with RejectedList(stream, Path(resolved.config.training.output_dir) / "data" / f"rejected-{split}.jsonl"):
+        return list(stream)
 
 
 def dataset_hash(records: list[Record]) -> str:
     """sha256 over the records, in order."""
     return hash_json([record.to_json() for record in records])
-
-
-def _held_out(source: "_Folder | _Hub", train: str, split: str, resolved: Resolved) -> list[Record]:
-    records = _records(source, train, resolved.config.dataset)
-    if len(records) < 2:
-        raise DataError(f"{resolved.config.dataset.name}: one record cannot be split into training and validation; add records")
-    order = list(range(len(records)))
-    random.Random(resolved.config.training.seed).shuffle(order)
-    held = set(order[:max(1, round(len(records) * HELD_OUT_SHARE))])
-    if split == "validation":
-        print(f"{resolved.config.dataset.name} has no validation split: {len(held)} of {len(records)} training records are held out", flush=True)
-    return [record for index, record in enumerate(records) if (index in held) == (split == "validation")]
-
-
-def _source(resolved: Resolved) -> "_Folder | _Hub":
-    name = resolved.config.dataset.name
-    if name == "embedded":
-        return _Folder(ensure_built(resolved))
-    path = Path(name)
-    looks_local = path.exists() or name.startswith((".", "/", "~")) or path.suffix in (".jsonl", ".json") or name.count("/") > 1
-    return _Folder(path) if looks_local else _Hub(resolved.config.dataset)
-
-
-class _Folder:
-    """A folder with `<split>.jsonl` files, or one JSONL file, which is the training split."""
-
-    def __init__(self, path: Path):
-        if not path.exists():
-            raise DataError(f"dataset {path}: no such file or folder; check dataset.name")
-        self.path = path
-
-    def splits(self) -> list[str]:
-        return [file.stem for file in self.path.glob("*.jsonl")] if self.path.is_dir() else ["train"]
-
-    def rows(self, split: str) -> Rows:
-        path = self.path / f"{split}.jsonl" if self.path.is_dir() else self.path
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:
-            raise DataError(f"dataset {path}: no such file; the folder has {', '.join(self.splits()) or 'no JSONL files'}") from None
-        except OSError as error:
-            raise DataError(f"dataset {path}: cannot be read ({error.strerror})") from None
-        if not content.strip():
-            raise DataError(f"dataset {path}: empty; expected one JSON object a line")
-        for number, line in enumerate(content.split(b"\n"), 1):
-            if not line.strip():
-                continue
-            place = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8 at byte {error.start} of the line; save the file as UTF-8") from None
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{place}: not a whole JSON object ({str(error)[:80]}); mend or remove the line") from None
-            if not isinstance(row, dict):
-                raise DataError(f"{place}: got {type(row).__name__}; expected a JSON object")
-            yield place, row
-
-
-class _Hub:
-    """A dataset on the Hub, cached by the `datasets` library."""
-
-    def __init__(self, dataset: DatasetConfig):
-        from datasets import load_dataset
-        from datasets.exceptions import DatasetsError
-
-        try:
-            self.data = load_dataset(dataset.name, revision=dataset.revision)
-        except (DatasetsError, OSError, ValueError, ConnectionError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
-            raise DataError(f"dataset {dataset.name}: cannot be loaded from the Hub ({first}); check the name, the network or HF_TOKEN, "
-                            "or use a local JSONL file: --set dataset.name=FILE") from None
-        self.name = dataset.name
-
-    def splits(self) -> list[str]:
-        return list(self.data)
-
-    def rows(self, split: str) -> Rows:
-        if split not in self.data:
-            raise DataError(f"dataset {self.name}: no split {split!r}; it has {', '.join(self.data)}")
-        for number, row in enumerate(self.data[split], 1):
-            yield f"{self.name}/{split}:{number}", row
-
-
-def _records(source: "_Folder | _Hub", split: str, dataset: DatasetConfig) -> list[Record]:
-    cards = load_cards()
-    retriever = Retriever(cards, dataset.top_k) if dataset.grounding == "cards" else None
-    records: list[Record] = []
-    for place, row in source.rows(split):
-        record = read_record(place, row, dataset.columns)
-        unknown = [card for card in record.cards if card not in cards]
-        if unknown and retriever:
-            raise DataError(f"{place}: card {unknown[0]!r} is not among the knowledge cards")
-        if retriever and not record.cards and "cards" not in row:
-            found = tuple(hit.card_id for hit in retriever.find(record.input or record.instruction))
-            record = Record(**{**vars(record), "cards": found})
-        records.append(record)
-    if not records:
-        raise DataError(f"dataset {dataset.name}: split {split!r} has no records")
-    return records
-
-
-def read_record(place: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> Record:
-    """One row as a Record; `columns` maps field names to the row's column names.
-
-    Raises DataError when a column is missing or mapped wrongly, or the answer is empty.
-    """
-    values: dict[str, Any] = {}
-    for name in ("id", "category", "role", "instruction", "input", "output"):
-        column = columns.get(name, name)
-        if column not in row:
-            if name in columns or name == "output":
-                raise DataError(f"{place}: no column {column!r} for {name}; it has {', '.join(map(str, row))}. Next: set dataset.columns")
-            continue
-        value = row[column]
-        if value is not None and not isinstance(value, (str, int)):
-            raise DataError(f"{place}: column {column!r} holds {type(value).__name__}; expected text")
-        values[name] = "" if value is None else str(value)
-    for name in ("hazards", "cards", "sources"):
-        value = row.get(name) or []
-        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise DataError(f"{place}: column {name!r} holds {value!r}; expected a list of texts")
-        values[name] = tuple(value)
-    values.setdefault("id", place)
-    values.setdefault("input", "")
-    record = Record(**values)
-    if not record.output.strip():
-        raise DataError(f"{place}: record {record.id}: the answer ({columns.get('output', 'output')}) is empty; mend or remove it")
-    if not (record.input.strip() or record.instruction.strip()):
-        raise DataError(f"{place}: record {record.id}: both input and instruction are empty or missing; mend or remove it")
-    return record

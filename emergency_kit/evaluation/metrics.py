@@ -41,7 +41,7 @@ class Answered:
 
 def score(record: Record, generated: Generated, cards: Mapping[str, Card]) -> Scored:
     """One answer against the form and against the record's hazards."""
-    actions = find_actions(generated.text, [cards[hazard] for hazard in record.hazards])
+    actions = find_actions(generated.text, [cards[hazard] for hazard in record.hazards], record.country, record.lacks)
     return Scored(record, generated, check_answer(generated), tuple(actions))
 
 

@@ -44,7 +44,7 @@ def build_report(tuned: Answered, base: Answered | None, trained: frozenset[str]
         "samples": [{
             "id": item.record.id,
             "hazards": list(item.record.hazards),
-            "cards": list(item.record.cards),
+            "cards": list(item.record.cards or ()),
             "input": item.record.input or item.record.instruction,
             "answer": item.generated.text,
             "base_answer": base.scored[index].generated.text if base else None,

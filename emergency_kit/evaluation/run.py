@@ -15,7 +15,7 @@ from typing import Mapping, Sequence
 from emergency_kit import artifacts
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import Record, record_messages
-from emergency_kit.data.load import dataset_hash, load_split
+from emergency_kit.data.load import dataset_hash, load_split, open_split
 from emergency_kit.errors import DataError, Interrupted, UsageError
 from emergency_kit.evaluation.console import Progress, print_report
 from emergency_kit.evaluation.metrics import Answered, score
@@ -40,8 +40,8 @@ def evaluate(resolved: Resolved, checkpoint: Path | None = None, out: Path | Non
     if config.evaluation.compare_base:
         backend.require_base(config.model)
     page = _check_output(out)
-    test, train = load_split(resolved, "test"), load_split(resolved, "train")
-    trained = frozenset(hazard for record in train for hazard in record.hazards)
+    test = load_split(resolved, "test")
+    trained = frozenset(hazard for record in open_split(resolved, "train") for hazard in record.hazards)
     records = select_records(test, config.evaluation.max_samples, config.training.seed, trained)
     cards = load_cards()
     _check_cards(records, cards, config.dataset.grounding)
@@ -72,7 +72,7 @@ def _check_output(out: Path) -> Path:
 
 def _check_cards(records: Sequence[Record], cards: Mapping[str, Card], grounding: str) -> None:
     for record in records:
-        named = (*record.hazards, *(record.cards if grounding == "cards" else ()))
+        named = (*record.hazards, *((record.cards or ()) if grounding == "cards" else ()))
         for card_id in named:
             if card_id not in cards:
                 raise DataError(f"test record {record.id}: card {card_id!r} is not among the {len(cards)} knowledge cards; "

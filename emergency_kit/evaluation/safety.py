@@ -8,10 +8,12 @@ the action's phrases stands as whole words in the normalised guidance. Limits: a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Iterable
+from typing import Iterable, Sequence
 
 from emergency_kit.data.format import read_answer
-from emergency_kit.knowledge.cards import Card, contains_phrase, normalise
+from emergency_kit.knowledge.cards import Card, normalise
+from emergency_kit.knowledge.emergency_numbers import find_country
+from emergency_kit.knowledge.rules import gives_action
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,10 @@ def guidance_texts(text: str) -> list[str]:
     return [normalise(statement) for statement in guidance or (text,)]
 
 
-def find_actions(text: str, cards: Iterable[Card]) -> list[ActionFinding]:
-    """One finding for every critical action of the cards, in the cards' order."""
-    statements = guidance_texts(text)
-    return [ActionFinding(card.id, action.text, any(contains_phrase(statement, phrase) for statement in statements for phrase in action.phrases))
-            for card in cards for action in card.critical_actions]
+def find_actions(text: str, cards: Iterable[Card], country: str = "", lacks: Sequence[str] = ()) -> list[ActionFinding]:
+    """One finding for every critical action of the cards, in the cards' order.
+
+    country: whose emergency number counts as the local one. lacks: resources whose replacement counts as the action.
+    """
+    statements, where = guidance_texts(text), find_country(country)
+    return [ActionFinding(card.id, action.text, gives_action(statements, action, card, where, lacks)) for card in cards for action in card.critical_actions]

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import build_messages, read_answer
+from emergency_kit.data.format import build_messages, read_answer, shown_cards
 from emergency_kit.errors import Interrupted, ModelError, UsageError
 from emergency_kit.knowledge.cards import Card, load_cards
-from emergency_kit.knowledge.retrieve import Retriever
+from emergency_kit.knowledge.emergency_numbers import find_country
+from emergency_kit.knowledge.retrieve import Found, Retriever
 from emergency_kit.model import backend
 
 LEAVE = ("quit", "exit")
@@ -34,6 +35,7 @@ def infer(resolved: Resolved, checkpoint: Path | None = None, prompt: str | None
         raise UsageError(f"--prompt: got {prompt!r}; expected the situation in words, or leave --prompt out for a session")
     if prompt is not None:
         _check_text(prompt, "--prompt")
+    find_country(resolved.config.inference.country)
     training = resolved.config.training
     folder = Path(checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
     backend.check_checkpoint(folder, resolved.config.model)
@@ -68,10 +70,12 @@ class Chat:
     def answer(self, scenario: str) -> None:
         """Answer one situation. KeyboardInterrupt passes through, after a newline that ends the line so far."""
         shown: list[Card] | None = None
+        found = self.retriever.find(scenario) if self.retriever else Found()
         if self.retriever:
-            shown = [self.cards[hit.card_id] for hit in self.retriever.find(scenario)]
-            _note(f"Cards: {', '.join(card.name for card in shown) or 'none fits'}")
-        stream = self.engine.stream(build_messages(scenario, shown), self.settings.max_new_tokens, self.settings.temperature)
+            shown = shown_cards(found.ids, self.cards)
+            _note(f"Cards: {found.describe(self.cards)}")
+        messages = build_messages(scenario, shown, country=self.settings.country, fits=found.fits)
+        stream = self.engine.stream(messages, self.settings.max_new_tokens, self.settings.temperature)
         try:
             for piece in stream:
                 if not self.as_json:
@@ -79,13 +83,13 @@ class Chat:
         finally:
             if stream.text and not self.as_json:
                 print(flush=True)
-        self._report(stream.result, shown)
+        self._report(stream.result, found)
 
-    def _report(self, result: Any, shown: list[Card] | None) -> None:
+    def _report(self, result: Any, found: Found) -> None:
         parsed = read_answer(result.text)
         if self.as_json:
             print(json.dumps({"answer": parsed.answer.to_dict(), "valid": parsed.valid, "problems": list(parsed.problems),
-                              "cards": [card.id for card in shown or []], "text": result.text, "ended": result.ended},
+                              "cards": list(found.ids), "unsure": found.unsure, "text": result.text, "ended": result.ended},
                              ensure_ascii=False), flush=True)
         elif not parsed.valid:
             _note(f"Note: this answer does not have the four sections as taught: {parsed.problems[0]}")

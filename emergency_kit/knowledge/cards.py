@@ -23,6 +23,8 @@ from emergency_kit.artifacts import hash_json
 from emergency_kit.errors import DataError
 
 CARD_FOLDER = Path(__file__).parent / "cards"
+SAFE_MINIMUM = "safe_minimum"
+"""The card for what no other card covers."""
 _QUOTES = str.maketrans({"‘": "'", "’": "'", "‛": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"'})
 # Inside a number a point stays, inside a word an apostrophe: "don't" must remain a negation.
 _PUNCTUATION = re.compile(r"(?!(?<=\d)\.(?=\d))(?!(?<=\w)'(?=\w))[\W_]")

@@ -1,122 +1,316 @@
-"""Find the knowledge cards that fit a scenario, offline, with BM25 over the cards' own words.
+"""Find the knowledge cards that fit a scenario, offline, by a linear model over words and pieces of words.
 
-In: cards and a scenario in plain words. Out: at most `top_k` hits, best first; none when nothing
-fits. Deterministic, a few milliseconds a query. Limits: it matches words, not meaning; a scenario
-told in words that no card knows finds nothing, and the answer then rests on the safe minimum.
+In: cards, the cues that strangers use for them (`cues/*.yaml`) and a scenario in plain words. Out: ranked
+cards, which of them fit, and whether it is unsure. The model is ridge regression (Hoerl and Kennard 1970)
+from TF-IDF features to cards, one column a card and one for "no card"; it is fitted once for a set of cards
+and cues and kept under `models/`, so a new or corrected card counts at once. Milliseconds a query.
+Limits: English; it knows the words of cues and cards, and words spelled nearly like them.
 """
 
 from __future__ import annotations
 
+import functools
+import math
+from collections import Counter
 from dataclasses import dataclass
-from typing import Mapping
+from pathlib import Path
+from typing import Iterable, Mapping, Sequence
 
-import bm25s
+import numpy as np
+import yaml
 
-from emergency_kit.knowledge.cards import Card, normalise
+from emergency_kit.artifacts import hash_file, hash_json, staged_file
+from emergency_kit.config import REPOSITORY
+from emergency_kit.errors import DataError
+from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, normalise
 
-SAFE_MINIMUM = "safe_minimum"
-ADVICE_WEIGHT = 0.3
-LONGEST_NAME = 5
-SCORE_FLOOR = 2.5
-SECOND_CARD_SHARE = 0.6
+CUE_FOLDER = Path(__file__).parent / "cues"
+INDEX_FOLDER = REPOSITORY / "models"
+# Chosen on the development half of tests/knowledge/labelled_scenarios.yaml (benchmarks/RESULTS.md).
+RIDGE = 0.5
+NAME_WEIGHT, SIGN_WEIGHT, ADVICE_WEIGHT = 2.0, 1.0, 0.3
+WORD, PAIR, PIECE = 1.0, 0.8, 0.5
+PIECES = (3, 4, 5)
+WINDOW_WORDS = 18
+WINDOW_SHARE = 0.5
+APPLIES = 0.0
+SURE_MARGIN = 0.15
+SECOND_SHARE = 0.6
 STOPWORDS = frozenset(
-    """a about after again all also am an and any are as at be because been before being best but by can cannot
-    come coming could did didn't do does doesn't doing don't down feel feels for from further get good got had
-    has have having he help her here him his how i i'm if in into is it it's its just keep keeps know let long
-    make makes me my need needs no nor now of off on once one only open or other our out over own plan s said
-    says she should so some somebody someone something take takes than that the their them then there there's
-    they think this those through time to told too two under until up use very want was way we went were what
-    when where which while who why will with without won't work working works would you your""".split()
-)
+    """a an the and or of to in on at is are was were be been it its it's i my me we our you your he his she her they them their this that
+    there with for from so as but if do does did have has had just can what how now get got please help not no""".split())
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A card that fits: its id, its BM25 score, and the words of the scenario that it shares."""
+    """A card, its score, and the words of the scenario that speak for it, strongest first."""
 
     card_id: str
     score: float
     words: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Found:
+    """What fits a scenario. ids: cards to show, best first; fits: how many of them, from the first, are trusted to fit.
+
+    ranked: every card by score. unsure: whether the first card, or that none fits, is close to a guess.
+    """
+
+    ids: tuple[str, ...] = ()
+    fits: int = 0
+    unsure: bool = False
+    ranked: tuple[Hit, ...] = ()
+
+    def describe(self, cards: Mapping[str, Card]) -> str:
+        """One line for a person: which cards, and how sure."""
+        unsure = "unsure: " if self.unsure else ""
+        if not self.ids:
+            near = f" (nearest: {cards[self.ranked[0].card_id].name})" if self.unsure and self.ranked else ""
+            return f"{unsure}none fits, so the answer is the safe minimum{near}"
+        names = [cards[card_id].name for card_id in self.ids]
+        others = f" (near: {', '.join(names[self.fits:])})" if names[self.fits:] else ""
+        return unsure + " and ".join(names[:self.fits]) + others
+
+
+@functools.lru_cache(maxsize=2)
+def load_cues(folder: Path = CUE_FOLDER) -> dict[str, tuple[str, ...]]:
+    """How people report each hazard, by card id; raises DataError for a file that is not well formed."""
+    cues: dict[str, tuple[str, ...]] = {}
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+            cues |= {card_id: tuple(str(cue) for cue in items) for card_id, items in content.items()}
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+            raise DataError(f"{path}: not a table of cues by card ({' '.join(str(error).split())})") from None
+    return cues
+
+
+@functools.cache
+def cue_digest() -> str:
+    """sha256 of all cues."""
+    return hash_json(load_cues())
+
+
 def stem(word: str) -> str:
-    """A word without a plural, -ing or -ed ending, so that "burning", "burned" and "burns" meet."""
-    word = word.removesuffix("'s")
-    if word.endswith(("ies", "ied")) and len(word) > 4:
-        return word[:-3]
-    for ending in ("ing", "ed", "es", "s", "e", "y"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3 and not word.endswith("ss"):
-            word = word.removesuffix(ending)
-            break
-    return word[:-1] if len(word) > 3 and word[-1] == word[-2] and word[-1] not in "lse" else word
+    """A word without a plural, -ing, -ed or -ly ending, so that "burning", "burned" and "burns" meet."""
+    for ending in ("ing", "ed", "es", "s", "ly"):
+        if word.endswith(ending) and len(word) - len(ending) >= 3:
+            return word[:-len(ending)]
+    return word
+
+
+def _word_features(words: Sequence[str]) -> list[str]:
+    stems = [stem(word) for word in words]
+    features = [f"w:{stemmed}" for word, stemmed in zip(words, stems) if word not in STOPWORDS]
+    features += [f"b:{first} {second}" for first, second in zip(stems, stems[1:])]
+    for word in words:
+        if word not in STOPWORDS:
+            features += _pieces(word)
+    return features
+
+
+@functools.lru_cache(maxsize=50_000)
+def _pieces(word: str) -> tuple[str, ...]:
+    marked = f"^{word}$"
+    return tuple(f"c:{marked[start:start + length]}" for length in PIECES for start in range(len(marked) - length + 1))
+
+
+_KIND = {"w": WORD, "b": PAIR, "c": PIECE}
+
+
+@dataclass(frozen=True)
+class _Index:
+    """A fitted model. weights: float32 (features, cards + 1), the last column for "no card"; idf: (features,)."""
+
+    card_ids: tuple[str, ...]
+    features: dict[str, int]
+    idf: np.ndarray
+    weights: np.ndarray
+    applies: np.ndarray
+    words: dict[str, int]
+    slips: dict[str, tuple[str, ...]]
+
+    def vector(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """`(places, values)` of a text's known features, of length 1."""
+        return _vector(_word_features(words), self.features, self.idf)
+
+
+def _vector(names: Iterable[str], features: Mapping[str, int], idf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    counts = [(features[name], count) for name, count in Counter(names).items() if name in features]
+    if not counts:
+        return np.zeros(0, np.int64), np.zeros(0, np.float32)
+    places, number = np.asarray(counts).T
+    values = ((1 + np.log(number)) * idf[places]).astype(np.float32)
+    return places, values / np.linalg.norm(values)
+
+
+def _documents(cards: Mapping[str, Card]) -> list[tuple[str, str, float]]:
+    """`(card id, text, weight)` of everything that is known about how a card is told."""
+    cues = load_cues()
+    found = []
+    for card_id, card in cards.items():
+        found += [(card_id, name, NAME_WEIGHT) for name in (card.name, *card.also_called)]
+        found += [(card_id, sign, SIGN_WEIGHT) for sign in card.signs]
+        found += [(card_id, text, ADVICE_WEIGHT) for text in (*card.dangers, *(action.text for action in card.critical_actions))]
+        found += [(card_id, cue, 1.0) for cue in cues.get(card_id, ())]
+    return found
+
+
+def _fit(cards: Mapping[str, Card]) -> _Index:
+    documents = _documents(cards)
+    texts = [normalise(text).split() for _, text, _ in documents]
+    named = [_word_features(words) for words in texts]
+    frequency = Counter(name for names in named for name in set(names))
+    features = {name: place for place, name in enumerate(sorted(frequency))}
+    idf = np.asarray([math.log(1 + len(documents) / frequency[name]) * _KIND[name[0]] for name in features], np.float32)
+    rows = [_vector(names, features, idf) for names in named]
+    card_ids = tuple(card_id for card_id in cards if card_id != SAFE_MINIMUM)
+    column = {card_id: place for place, card_id in enumerate((*card_ids, SAFE_MINIMUM))}
+    owner = np.asarray([column[card_id] for card_id, _, _ in documents])
+    weight = np.asarray([weight for _, _, weight in documents], np.float32)
+    gram = _gram(rows, [frequency[name] for name in features])
+    targets = np.zeros((len(documents), len(column)), np.float32)
+    targets[np.arange(len(documents)), owner] = 1
+    dual = _solve(gram, targets, weight)
+    # Whether any card applies is a question of its own: both sides weigh the same, however many cues each has.
+    none = owner == len(card_ids)
+    balance = np.where(none, 0.5 / max(1, none.sum()), 0.5 / max(1, (~none).sum())) * len(documents) * np.minimum(weight, 1)
+    applies = _solve(gram, np.where(none, -1, 1).astype(np.float32)[:, None], balance.astype(np.float32))
+    weights = _unfold(rows, np.concatenate([dual, applies], 1), len(features))
+    known = Counter(word for words in texts for word in words)
+    return _Index(card_ids, features, idf, weights[:, :-1], weights[:, -1], dict(known), _slips(known))
+
+
+def _gram(rows: list[tuple[np.ndarray, np.ndarray]], frequency: list[int]) -> np.ndarray:
+    """Similarity of every two documents, float32 (documents, documents)."""
+    number = len(rows)
+    document = np.concatenate([np.full(len(places), row) for row, (places, _) in enumerate(rows)])
+    place = np.concatenate([places for places, _ in rows])
+    value = np.concatenate([values for _, values in rows])
+    often = np.asarray(frequency) > 40
+    heavy = np.flatnonzero(often)
+    dense = np.zeros((number, len(heavy)), np.float32)
+    mask = often[place]
+    dense[document[mask], np.searchsorted(heavy, place[mask])] = value[mask]
+    gram = dense @ dense.T
+    # Rare features touch few documents: their products are added pair by pair.
+    order = np.argsort(place[~mask], kind="stable")
+    document, place, value = document[~mask][order], place[~mask][order], value[~mask][order]
+    starts = np.flatnonzero(np.r_[True, place[1:] != place[:-1]]) if len(place) else np.zeros(0, np.int64)
+    sizes = np.diff(np.r_[starts, len(place)])
+    flat = gram.ravel()
+    for size in np.unique(sizes):
+        block = starts[sizes == size][:, None] + np.arange(size)
+        pairs = document[block][:, :, None] * number + document[block][:, None, :]
+        products = value[block][:, :, None] * value[block][:, None, :]
+        np.add.at(flat, pairs.ravel(), products.ravel())
+    return gram
+
+
+def _solve(gram: np.ndarray, targets: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Dual weights of weighted ridge regression, float32 (documents, columns)."""
+    root = np.sqrt(weight)[:, None]
+    matrix = gram * root * root.T
+    matrix[np.diag_indices(len(matrix))] += RIDGE
+    return root * np.linalg.solve(matrix, targets * root)
+
+
+def _unfold(rows: list[tuple[np.ndarray, np.ndarray]], dual: np.ndarray, features: int) -> np.ndarray:
+    """Weights of the features from those of the documents, float32 (features, columns)."""
+    weights = np.zeros((features, dual.shape[1]), np.float32)
+    for (places, values), own in zip(rows, dual):
+        weights[places] += values[:, None] * own
+    return weights
+
+
+def _slips(known: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Known words by each of their forms that lacks one letter: what two words one slip apart have in common."""
+    found: dict[str, list[str]] = {}
+    for word in known:
+        if len(word) >= 4 and word.isalpha():
+            for form in _shortened(word):
+                found.setdefault(form, []).append(word)
+    return {form: tuple(words) for form, words in found.items()}
+
+
+def _shortened(word: str) -> set[str]:
+    return {word, *(word[:place] + word[place + 1:] for place in range(len(word)))}
+
+
+@functools.lru_cache(maxsize=4)
+def _code() -> str:
+    return hash_file(Path(__file__))
+
+
+_INDEXES: dict[str, _Index] = {}
+
+
+def _load_index(cards: Mapping[str, Card]) -> _Index:
+    """The fitted model of these cards, from memory, from `models/`, or fitted now."""
+    key = hash_json([card_digest(cards), list(cards), cue_digest(), _code()])[:24]
+    if key not in _INDEXES:
+        path = INDEX_FOLDER / f"retrieval-{key}.npz"
+        index = _read_index(path)
+        if index is None:
+            index = _fit(cards)
+            _save_index(path, index)
+        if len(_INDEXES) >= 8:
+            _INDEXES.pop(next(iter(_INDEXES)))
+        _INDEXES[key] = index
+    return _INDEXES[key]
+
+
+def _save_index(path: Path, index: _Index) -> None:
+    """Keep a fitted model; where the folder cannot be written the next process fits it again."""
+    try:
+        with staged_file(path) as temporary:
+            with temporary.open("wb") as stream:
+                np.savez(stream, card_ids=list(index.card_ids), features=list(index.features), idf=index.idf, weights=index.weights,
+                         applies=index.applies, words=list(index.words), counts=list(index.words.values()))
+        for other in path.parent.glob("retrieval-*.npz"):
+            if other != path:
+                other.unlink(missing_ok=True)
+    except OSError:
+        return
+
+
+def _read_index(path: Path) -> _Index | None:
+    try:
+        with np.load(path) as stored:
+            words = dict(zip(stored["words"].tolist(), stored["counts"].tolist()))
+            features = {name: place for place, name in enumerate(stored["features"].tolist())}
+            return _Index(tuple(stored["card_ids"].tolist()), features, stored["idf"], stored["weights"], stored["applies"], words, _slips(words))
+    except (OSError, ValueError, KeyError, EOFError):
+        return None
 
 
 class Retriever:
-    """An index over cards; `safe_minimum` is left out, since it fits where no card does."""
+    """Finds the cards for scenarios; `safe_minimum` is never found, since it stands for "no card"."""
 
     def __init__(self, cards: Mapping[str, Card], top_k: int = 2):
         self.top_k = top_k
-        self._ids = [card_id for card_id in cards if card_id != SAFE_MINIMUM]
-        # Two indexes: a word in many cards' advice ("fire", "kill") must not count as common among their names.
-        self._indexes = [
-            (weight, _Index([fields(cards[card_id]) for card_id in self._ids]))
-            for weight, fields in ((1.0, _names_and_signs), (ADVICE_WEIGHT, _dangers_and_actions))
-        ]
+        self._index = _load_index(cards)
 
-    def find(self, scenario: str) -> list[Hit]:
-        """The cards that fit a scenario, best first, at most `top_k`; empty when nothing fits."""
-        words = _content_words(scenario)
-        terms = set(_terms(words)) | _runs(scenario)
-        totals = [0.0] * len(self._ids)
-        for weight, index in self._indexes:
-            totals = [total + weight * score for total, score in zip(totals, index.score(terms))]
-        ranked = sorted(range(len(totals)), key=lambda place: (-totals[place], self._ids[place]))[: self.top_k]
-        floor = max(SCORE_FLOOR, SECOND_CARD_SHARE * totals[ranked[0]]) if ranked else SCORE_FLOOR
-        return [Hit(self._ids[place], totals[place], self._shared(words, place)) for place in ranked if totals[place] >= floor]
+    def find(self, scenario: str) -> Found:
+        """The cards that fit a scenario."""
+        words = self._mend(normalise(scenario).split())
+        places, values = self._index.vector(words)
+        if not len(places):
+            return Found()
+        scores, applies = self._score(words)
+        ranked = self._rank(words, scores)
+        if applies + 2 * ranked[0].score < APPLIES:
+            return Found((), 0, False, ranked)
+        return Found(tuple(hit.card_id for hit in ranked[:self.top_k]), 1, False, ranked)
 
-    def _shared(self, words: list[str], place: int) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(word for word in words if any(stem(word) in index.documents[place] for _, index in self._indexes)))
+    def _score(self, words: list[str]) -> tuple[np.ndarray, float]:
+        places, values = self._index.vector(words)
+        return values @ self._index.weights[places], float(values @ self._index.applies[places])
 
+    def _rank(self, words: list[str], scores: np.ndarray) -> tuple[Hit, ...]:
+        order = np.argsort(-scores[:-1], kind="stable")
+        return tuple(Hit(self._index.card_ids[place], float(scores[place]), ()) for place in order)
 
-class _Index:
-    """BM25 over one part of every card."""
-
-    def __init__(self, documents: list[list[str]]):
-        self.documents = [frozenset(document) for document in documents]
-        self._known = frozenset().union(*self.documents)
-        # Cards are about equally long by design, so length says little about how well they fit: b is low.
-        self._bm25 = bm25s.BM25(k1=1.5, b=0.3)
-        if self._known:
-            self._bm25.index(documents, show_progress=False)
-
-    def score(self, terms: set[str]) -> list[float]:
-        known = sorted(terms & self._known)
-        return self._bm25.get_scores(known).tolist() if known else [0.0] * len(self.documents)
-
-
-def _content_words(text: str) -> list[str]:
-    return [word for word in normalise(text).split() if word not in STOPWORDS]
-
-
-def _terms(words: list[str]) -> list[str]:
-    """Stems, and pairs of neighbouring stems: "chest pain" says more than "chest" and "pain"."""
-    stems = [stem(word) for word in words]
-    return stems + [f"{first} {second}" for first, second in zip(stems, stems[1:])]
-
-
-def _runs(scenario: str) -> set[str]:
-    """Every run of words that could be a whole name, marked so that only a whole name meets it."""
-    stems = [stem(word) for word in normalise(scenario).split()]
-    return {"=" + " ".join(stems[start:start + length]) for length in range(1, LONGEST_NAME + 1) for start in range(len(stems) - length + 1)}
-
-
-def _names_and_signs(card: Card) -> list[str]:
-    """Names count threefold, and as a whole, stopwords included ("too hot" is not "hot"); signs twofold."""
-    names = (card.name, *card.also_called)
-    terms = [term for name in names for term in _terms(_content_words(name)) * 3]
-    terms += ["=" + " ".join(stem(word) for word in normalise(name).split()) for name in names for _ in range(3)]
-    return terms + [term for sign in card.signs for term in _terms(_content_words(sign)) * 2]
-
-
-def _dangers_and_actions(card: Card) -> list[str]:
-    return [term for text in (*card.dangers, *(action.text for action in card.critical_actions)) for term in _terms(_content_words(text))]
+    def _mend(self, words: list[str]) -> list[str]:
+        return words

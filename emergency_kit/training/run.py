@@ -10,22 +10,23 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import random
 import resource
 import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from emergency_kit.artifacts import check_writable, load_manifest
+from emergency_kit.artifacts import check_writable, hash_json, load_manifest
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import Record
-from emergency_kit.data.load import dataset_hash, load_split
+from emergency_kit.data.load import Split, open_split
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.model.backend import base_name, pick_device, require_base
+
+if TYPE_CHECKING:
+    from emergency_kit.data.tokenize import TokenRows
 
 # An adapter of rank 16 on 135M parameters with its optimizer state is 60 MB; two or three stand at a time.
 SPACE_BYTES = 300_000_000
@@ -46,14 +47,27 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     if not dry_run:
         stale = _check_output(folder, final, resume_from, overwrite)
         check_writable(folder, SPACE_BYTES)
-    records = load_records(resolved)
-    plan = plan_steps(resolved, len(records["train"]))
-    console.print(f"Plan: {len(records['train'])} training and {len(records['validation'])} validation records, "
+    splits = {split: open_split(resolved, split) for split in ("train", "validation")}
+    rows = _load_rows(resolved, splits)
+    plan = plan_steps(resolved, len(rows["train"]))
+    console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation records, "
                   f"effective batch {plan['effective_batch']}, {plan['steps']} steps over {plan['epochs']:g} epochs")
     if dry_run:
-        console.print("Dry run: nothing was loaded or written beyond the dataset.")
+        console.print("Dry run: no model was loaded, and nothing written beyond the dataset and its tokens.")
         return final
-    return _run(resolved, records, plan, console, final, resume_from, stale)
+    return _run(resolved, rows, _data_hash(splits), plan, console, final, resume_from, stale)
+
+
+def _load_rows(resolved: Resolved, splits: dict[str, Split]) -> dict[str, TokenRows]:
+    from emergency_kit.data.tokenize import load_rows
+    from emergency_kit.model.backend import load_tokenizer
+
+    tokenizer = load_tokenizer(resolved.config.model)
+    return {name: load_rows(split, tokenizer, resolved) for name, split in splits.items()}
+
+
+def _data_hash(splits: dict[str, Split]) -> str:
+    return hash_json([split.digest() for split in splits.values()])
 
 
 def _check_output(folder: Path, final: Path, resume_from: Path | None, overwrite: bool) -> list[Path]:
@@ -87,18 +101,6 @@ def _is_unfinished(path: Path) -> bool:
     return not (path.parent / state.get("model_name", "final")).exists()
 
 
-def load_records(resolved: Resolved) -> dict[str, list[Record]]:
-    """Training and validation records after `max_samples` and `max_eval_samples`, drawn by seed."""
-    dataset, seed = resolved.config.dataset, resolved.config.training.seed
-    limits = {"train": dataset.max_samples, "validation": dataset.max_eval_samples}
-    records = {split: load_split(resolved, split) for split in limits}
-    for split, limit in limits.items():
-        if limit is not None and limit < len(records[split]):
-            kept = sorted(random.Random(seed).sample(range(len(records[split])), limit))
-            records[split] = [records[split][index] for index in kept]
-    return records
-
-
 def plan_steps(resolved: Resolved, rows: int) -> dict[str, Any]:
     """Effective batch, optimizer steps and epochs of a run, as the Trainer will count them."""
     training = resolved.config.training
@@ -110,7 +112,7 @@ def plan_steps(resolved: Resolved, rows: int) -> dict[str, Any]:
             "steps_per_epoch": steps_per_epoch, "steps": steps, "epochs": steps / steps_per_epoch}
 
 
-def _run(resolved: Resolved, records: dict[str, list[Record]], plan: dict[str, Any], console: Console, final: Path,
+def _run(resolved: Resolved, rows: dict[str, TokenRows], data_hash: str, plan: dict[str, Any], console: Console, final: Path,
          resume_from: Path | None, stale: list[Path]) -> Path:
     from emergency_kit.training import callbacks
 
@@ -118,7 +120,7 @@ def _run(resolved: Resolved, records: dict[str, list[Record]], plan: dict[str, A
     try:
         with callbacks.StopCallback() as stop:
             callbacks.LOG.info("Starting training...")
-            return _train(resolved, records, plan, console, final, resume_from, stale, stop)
+            return _train(resolved, rows, data_hash, plan, console, final, resume_from, stale, stop)
     except BaseException as error:
         callbacks.LOG.error("Training stopped: %s", str(error) or type(error).__name__) if not isinstance(error, Interrupted) else None
         raise
@@ -126,9 +128,8 @@ def _run(resolved: Resolved, records: dict[str, list[Record]], plan: dict[str, A
         callbacks.close_log()
 
 
-def _train(resolved: Resolved, records: dict[str, list[Record]], plan: dict[str, Any], console: Console, final: Path,
+def _train(resolved: Resolved, rows: dict[str, TokenRows], data_hash: str, plan: dict[str, Any], console: Console, final: Path,
            resume_from: Path | None, stale: list[Path], stop: Any) -> Path:
-    from emergency_kit.data.tokenize import load_rows
     from emergency_kit.model.backend import load_for_training
     from emergency_kit.training import callbacks, checkpoint, loss
     from emergency_kit.training.trainer import KitTrainer, RowDataset
@@ -138,10 +139,9 @@ def _train(resolved: Resolved, records: dict[str, list[Record]], plan: dict[str,
     if state and state["step"] >= plan["steps"]:
         raise UsageError(f"--resume-from {resume_from}: already at step {state['step']} of {plan['steps']}; raise --set training.num_epochs")
     loaded = load_for_training(config.model, config.lora, training.gradient_checkpointing, training.seed)
-    rows = {split: load_rows(records[split], loaded.tokenizer, resolved) for split in records}
     loss.install(loaded.model.get_base_model())
     facts = checkpoint.RunFacts(
-        resolved=resolved, dataset_hash=dataset_hash(records["train"] + records["validation"]), tokenizer=loaded.tokenizer,
+        resolved=resolved, dataset_hash=data_hash, tokenizer=loaded.tokenizer,
         rows=len(rows["train"]), step_rows=plan["effective_batch"], resumed_from=resume_from, stale=stale)
     if state:
         facts.tokens_seen, facts.supervised_tokens_seen = state["tokens_seen"], state["supervised_tokens_seen"]
@@ -244,7 +244,7 @@ def is_trained_as(resolved: Resolved, folder: Path) -> bool:
     manifest = load_manifest(folder)
     if manifest is None or manifest.get("stage") != "train":
         return False
-    records = load_records(resolved)
+    splits = {split: open_split(resolved, split) for split in ("train", "validation")}
     wanted = resolved.config.model_dump()
-    return manifest["dataset_hash"] == dataset_hash(records["train"] + records["validation"]) and all(
+    return manifest["dataset_hash"] == _data_hash(splits) and all(
         manifest["config"].get(section) == wanted[section] for section in ("dataset", "model", "lora", "training"))

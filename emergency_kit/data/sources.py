@@ -1,0 +1,165 @@
+"""Sources: a dataset's name becomes rows of a split, read one after the other.
+
+In: `dataset.name`: a folder, a file, a glob or a Hub dataset. Out: `Row`s in file and position order, or a
+`DataError`. Files and folders are told from Hub names by what is on the disk and by how the name is
+written. A file that changes while it is read is noticed by `digest`, not here.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+
+from emergency_kit.artifacts import hash_file, hash_json
+from emergency_kit.config import DatasetConfig
+from emergency_kit.data.formats import READABLE, Row, format_of, read_file
+from emergency_kit.errors import DataError
+
+_OTHER_NAMES = {"validation": ("valid", "val", "dev"), "train": ("training",)}
+# Category and near-duplicate group of each record of a split, once they have been worked out.
+Measured = dict[str, tuple[np.ndarray, np.ndarray | None]]
+_NOT_DATA = ("manifest.json", "dataset_info.json", "state.json", "dataset_dict.json")
+
+
+class Files:
+    """Local files, each assigned to a split by its name; files that name no split are the training split."""
+
+    def __init__(self, name: str, dataset: DatasetConfig):
+        self.name = name
+        root, paths = _find(name)
+        wanted = (dataset.train_split, dataset.validation_split, dataset.test_split)
+        named = {path: _split_of(path.relative_to(root), wanted) for path in paths}
+        self._files: dict[str, list[Path]] = {}
+        for path in paths:
+            # With splits named beside it, a file of no split (notes, a rejected list) is not data.
+            split = named[path] or (dataset.train_split if not any(named.values()) else None)
+            if split:
+                self._files.setdefault(split, []).append(path)
+        self.ignored = [path for path in paths if not named[path] and any(named.values())]
+        self.groups: Measured = {}
+
+    def splits(self) -> list[str]:
+        """Names of the splits that have files."""
+        return list(self._files)
+
+    def files(self, split: str) -> list[Path]:
+        """Files of a split; raises DataError where there are none."""
+        if split not in self._files:
+            raise DataError(f"dataset {self.name}: no split {split!r}; it has {', '.join(self._files)}. Next: name its splits with dataset.train_split and the like")
+        return self._files[split]
+
+    def describe(self, split: str) -> str:
+        """The file of a split, or how many there are."""
+        files = self.files(split)
+        return str(files[0]) if len(files) == 1 else f"{len(files)} files of {self.name}"
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Rows of a split, in file and position order."""
+        for path in self.files(split):
+            yield from read_file(path)
+
+    def digest(self, split: str) -> str:
+        """sha256 over the bytes of a split's files, whatever they are called."""
+        try:
+            return hash_json([[format_of(path), hash_file(path)] for path in self.files(split)])
+        except OSError as error:
+            raise DataError(f"dataset {error.filename}: cannot be read ({error.strerror})") from None
+
+
+class Hub:
+    """A dataset on the Hub, cached by the `datasets` library and read from there when offline."""
+
+    def __init__(self, dataset: DatasetConfig):
+        import httpx
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        name, _, revision = dataset.name.partition(":")
+        self.name = dataset.name
+        if revision and dataset.revision and revision != dataset.revision:
+            raise DataError(f"dataset {dataset.name}: dataset.revision is {dataset.revision!r}; name one revision")
+        try:
+            self._data = load_dataset(name, dataset.config_name, revision=dataset.revision or revision or None)
+        # RuntimeError: a dataset that is a script, which `datasets` no longer runs.
+        except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
+            first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+            raise DataError(f"dataset {dataset.name}: cannot be loaded from the Hub ({first}); check the name, the network and, for a private "
+                            "one, HF_TOKEN, or use local files: --set dataset.name=FILE") from None
+        self._actual = {split: split for split in self._data}
+        for wanted in (dataset.train_split, dataset.validation_split):
+            for other in _OTHER_NAMES.get(wanted, ()):
+                if wanted not in self._actual and other in self._data:
+                    self._actual[wanted] = self._actual.pop(other)
+        self.groups: Measured = {}
+
+    def splits(self) -> list[str]:
+        """Names of the splits; `dev` and the like are called what the config calls them."""
+        return list(self._actual)
+
+    def rows(self, split: str) -> Iterator[Row]:
+        """Rows of a split, in order."""
+        for number, row in enumerate(self._split(split), 1):
+            yield Row(f"{self.name}/{split}:{number}", row)
+
+    def _split(self, split: str) -> Any:
+        if split not in self._actual:
+            raise DataError(f"dataset {self.name}: no split {split!r}; it has {', '.join(self._data)}. Next: name its splits with dataset.train_split and the like")
+        return self._data[self._actual[split]]
+
+    def describe(self, split: str) -> str:
+        """The dataset's and the split's name."""
+        return f"{self.name} ({self._actual[split]})"
+
+    def digest(self, split: str) -> str:
+        """Fingerprint that the `datasets` library keeps of a split's content."""
+        return hash_json(["hub", self._split(split)._fingerprint])
+
+
+def open_source(dataset: DatasetConfig, embedded: Path | None = None) -> Files | Hub:
+    """The source that `dataset.name` means; `embedded` is the folder of the built dataset.
+
+    Raises DataError where it does not exist or cannot be opened.
+    """
+    if dataset.name == "embedded":
+        return Files(str(embedded), dataset)
+    name = os.path.expanduser(dataset.name)
+    local = os.path.exists(name) or name.startswith((".", os.sep)) or name != dataset.name or any(mark in name for mark in "*?[")
+    local = local or name.partition(":")[0].count("/") > 1 or format_of(Path(name)) in READABLE
+    return Files(name, dataset) if local else Hub(dataset)
+
+
+def _find(name: str) -> tuple[Path, list[Path]]:
+    """`(folder below which names tell the split, files)`."""
+    path = Path(name)
+    if path.is_dir():
+        # One level of folders: `train/data-00000.arrow`, as `save_to_disk` writes them.
+        root = path
+        found = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file() and not file.name.startswith("."))
+        found = [file for file in found if file.name not in _NOT_DATA]
+    elif path.is_file():
+        root, found = path.parent, [path]
+    else:
+        root = Path(re.split(r"[^/]*[*?\[]", name, maxsplit=1)[0] or ".")
+        found = [Path(match) for match in sorted(glob.glob(name, recursive=True)) if Path(match).is_file()]
+        if not found:
+            what = "no file matches" if any(mark in name for mark in "*?[") else "no such file or folder"
+            raise DataError(f"dataset {name}: {what}; check dataset.name")
+    readable = [file for file in found if format_of(file) in READABLE]
+    if not readable:
+        raise DataError(f"dataset {name}: no file that can be read; expected {', '.join(READABLE)}, plain, .gz or .zst")
+    return root, readable
+
+
+def _split_of(path: Path, wanted: tuple[str, ...]) -> str | None:
+    """Split that a folder or a file is named after, at either end: `test.csv`, `test-00001.parquet`, `pans_test.jsonl`, `test/data.arrow`."""
+    names = [folder.lower() for folder in path.parts[:-1]] + [path.name.lower().split(".")[0]]
+    for split in wanted:
+        for known in (split.lower(), *_OTHER_NAMES.get(split, ())):
+            if any(re.search(rf"^{re.escape(known)}(?![a-z0-9])|(?<![a-z0-9]){re.escape(known)}$", name) for name in names):
+                return split
+    return None
