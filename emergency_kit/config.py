@@ -71,7 +71,7 @@ class DatasetConfig(Section):
     """Most validation records for the loss measured during training, drawn likewise; all when empty."""
     build_seed: int = Field(default=7, ge=0)
     """Seed of the embedded dataset's builder."""
-    build_size: int = Field(default=4000, ge=100)
+    build_size: int = Field(default=3600, ge=100)
     """Records of the embedded dataset, all splits together."""
     overlength: Literal["error", "drop", "truncate_prompt"] = "error"
     """What happens to a record over `model.max_seq_length` tokens. An answer is never cut."""

@@ -80,9 +80,10 @@ def check_record(record: Record, cards: Mapping[str, Card], followed: Sequence[s
     country = find_country(record.country)
     statements = [normalise(statement) for statement in parsed.answer.guidance]
     own = [cards[card_id] for card_id in followed]
+    # An action that two cards share stands once, with what the first card puts in its place.
+    given = {action.text for card in own for action in card.critical_actions if gives_action(statements, action, card, country, record.lacks)}
     for card in own:
-        problems += [f"{card.id}: lacks the action {action.text!r}" for action in card.critical_actions
-                     if not gives_action(statements, action, card, country, record.lacks)]
+        problems += [f"{card.id}: lacks the action {action.text!r}" for action in card.critical_actions if action.text not in given]
         problems += [f"{card.id}: breaks {rule!r} with {statement!r}" for rule, statement in broken_rules(statements, card)]
     problems += [f"states the number {number}, which no card has" for number in foreign_numbers(statements, own, [country] if country else [])]
     return problems

@@ -202,15 +202,16 @@ def _sample(kept: np.ndarray, categories: np.ndarray, limit: int, chance: np.ran
 
 def _card_check(dataset: DatasetConfig) -> Callable[[Record], Record]:
     """What rejects records that name a card or a country that there is not."""
+    if dataset.grounding != "cards":
+        return lambda record: record
     cards, countries = load_cards(), load_numbers()
 
     def check(record: Record) -> Record:
-        if dataset.grounding == "cards":
-            for card in record.cards or ():
-                if card not in cards:
-                    raise Rejected("unknown card", card)
-            if record.country and record.country.upper() not in countries:
-                raise Rejected("unknown country code", record.country)
+        for card in record.cards or ():
+            if card not in cards:
+                raise Rejected("unknown card", card)
+        if record.country and record.country.upper() not in countries:
+            raise Rejected("unknown country code", record.country)
         return record
 
     return check

@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Mapping
+from typing import TYPE_CHECKING, Any, Callable, Mapping
 
 if TYPE_CHECKING:
     from emergency_kit.data.columns import Rejected
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 class RejectedList:
     """While open, rows that a split rejects are listed in a file; at the end they are said aloud.
 
-    An older list is replaced, or removed where nothing was rejected. The list is kept when the reading fails.
+    An older list is replaced, or removed where nothing was rejected. shown_as: where the list will stand in
+    the end; note: called with each row as well.
     """
 
-    def __init__(self, split: Split, path: Path, shown_as: Path | None = None):
-        self.split, self.path, self.shown_as = split, path, shown_as or path
+    def __init__(self, split: Split, path: Path, shown_as: Path | None = None, note: Callable[[Row, Rejected], None] | None = None):
+        self.split, self.path, self.shown_as, self.note = split, path, shown_as or path, note
         self._partial = path.with_name(f".{path.name}.partial")
         self._stream: Any = None
 
@@ -34,6 +35,8 @@ class RejectedList:
         return self
 
     def _add(self, row: Row, reason: Rejected) -> None:
+        if self.note:
+            self.note(row, reason)
         if self._stream is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Half characters, which UTF-8 cannot hold, are written as escapes.
@@ -41,14 +44,15 @@ class RejectedList:
         line = {"place": row.place, "reason": reason.reason, "detail": reason.detail, "row": row.value}
         self._stream.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: object, *_: object) -> None:
         self.split.on_rejected = None
         if self._stream is None:
             self.path.unlink(missing_ok=True)
             return
         self._stream.close()
         os.replace(self._partial, self.path)
-        say_rejected(self.split.name, self.split.rejected, self.shown_as)
+        if error is None:  # an error says itself what was rejected
+            say_rejected(self.split.name, self.split.rejected, self.shown_as)
 
 
 def say_rejected(name: str, rejected: Counter[str], listed: Path) -> None:

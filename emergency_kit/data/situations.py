@@ -55,7 +55,7 @@ def load_situations(folder: Path = SCENARIOS) -> tuple[Situation, ...]:
         if path.stem == "additions":
             continue
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise DataError(f"{path.name}: not valid YAML ({error})") from None
         for hazard, entry in content.items():

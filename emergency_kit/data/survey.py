@@ -1,18 +1,19 @@
 """Survey: what a dataset is made of and what is wrong with it, before anything is trained on it.
 
 In: any source that loads. Out: a `Survey`, shown on the terminal and as one self-contained page.
-Rows are read as a stream; kept are a few numbers and a MinHash signature a row, and the names of rows
-that need a look. Limits: personal data and keys are found by pattern, the language is guessed from the
-text (py3langid) and only where it is long enough to tell. Run: `emergency-kit data inspect SOURCE`.
+Rows are read as a stream; kept are a few numbers, a name and a MinHash signature a row. Rejected rows are
+listed in `<output_dir>/data/`, as in training. Limits: personal data and keys are found by pattern, the
+language is guessed from the text (py3langid) and only where it is long enough to tell.
+Run: `emergency-kit data inspect SOURCE`.
 """
 
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Iterator, Sequence
 
 import numpy as np
 
@@ -22,15 +23,17 @@ from emergency_kit.data import duplicates
 from emergency_kit.data.build import ensure_built
 from emergency_kit.data.columns import Rejected
 from emergency_kit.data.format import Record, read_answer
+from emergency_kit.data.formats import Row
 from emergency_kit.data.load import Split
-from emergency_kit.data.sources import Files, Row, open_source
-from emergency_kit.data.tokenize import encode
+from emergency_kit.data.rejected import RejectedList
+from emergency_kit.data.sources import open_source
+from emergency_kit.data.tokenize import NO_LIMIT, encode
 
 # Each finding names its rows up to this many; the count goes on.
-NAMED = 20
-LANGUAGE_CHARACTERS = 60
-# Longer than any row: lengths are measured, not enforced.
-_NO_LIMIT = 1 << 30
+NAMED = 50
+# The language is told from so many characters at least, and no more than so many.
+LANGUAGE_CHARACTERS = (60, 600)
+_CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {0x7F: 0x2421} | {code: 0xFFFD for code in range(0x80, 0xA0)}
 PERSONAL = {
     "e-mail address": re.compile(r"\b[\w.+-]+@[\w-]+\.[a-z]{2,}\b", re.IGNORECASE),
     "phone number": re.compile(r"(?<![\w.])(?:\+\d{1,3}[ .-]?(?:\(?\d{1,4}\)?[ .-]?){2,4}\d{2,4}|\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}|0\d{3,4}[ .-]\d{5,7})(?![\w.])"),
@@ -57,11 +60,13 @@ class Finding:
 
 @dataclass
 class SplitSurvey:
-    """One split. tokens, prompt_tokens, answer_tokens: one number a record; findings: by what was found."""
+    """One split. names, tokens, answer_tokens: one a record; rejected: rows by reason; findings: by what was found."""
 
     name: str
     columns: tuple[str, ...] = ()
     form: str = ""
+    rejected: int = 0
+    names: list[str] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     answer_tokens: list[int] = field(default_factory=list)
     answers: Counter[str] = field(default_factory=Counter)
@@ -103,66 +108,82 @@ def build_survey(resolved: Resolved, name: str | None = None) -> Survey:
     from emergency_kit.model.backend import load_tokenizer
 
     resolved = choose_dataset(resolved, name)
-    dataset = resolved.config.dataset
+    # What is wrong is to be shown, so nothing is fatal, and no row is left out for its length.
+    dataset = resolved.config.dataset.model_copy(update={"strict": False})
     tokenizer = load_tokenizer(resolved.config.model)
     source = open_source(dataset, ensure_built(resolved) if dataset.name == "embedded" else None)
     limit = resolved.config.model.max_seq_length
-    notes = [f"{path}: names no split, not read" for path in getattr(source, "ignored", [])]
-    names, texts, splits = [], [], []
+    splits, signatures = [], []
     for split_name in source.splits():
-        survey = SplitSurvey(split_name)
         split = Split(split_name, source, dataset, resolved.config.training.seed, split_name)
-        split.on_rejected = lambda row, reason, survey=survey: _note_rejected(survey, row, reason)
+        survey, signed = _survey_split(split, tokenizer, resolved, limit)
+        splits.append(survey)
+        signatures.append(signed)
+    crossing: dict[str, Finding] = {}
+    _find_duplicates(np.concatenate(signatures), splits, crossing)
+    notes = [f"{path}: names no split, not read" for path in getattr(source, "ignored", [])]
+    if dataset.train_split in source.splits() and dataset.validation_split not in source.splits():
+        notes.append(f"no {dataset.validation_split} split: a tenth of {dataset.train_split} would be held out, near-duplicates together")
+    return Survey(dataset.name, limit, splits, crossing, notes)
 
-        def records(split: Split = split, survey: SplitSurvey = survey) -> Iterator[Record]:
-            for record in split:
-                _look_at(survey, record)
-                names.append((len(splits), record.id))
-                yield record
 
-        signatures: list[str] = []
-        for row in encode(records(), tokenizer, resolved, _NO_LIMIT):
+def printable(text: str) -> str:
+    """Text with control characters made visible, so that data cannot steer a terminal."""
+    return text.translate(_CONTROL)
+
+
+def _survey_split(split: Split, tokenizer: Any, resolved: Resolved, limit: int) -> tuple[SplitSurvey, np.ndarray]:
+    """A split's numbers and findings, and the signatures of its questions."""
+    survey = SplitSurvey(split.name)
+    special = [token for token in tokenizer.all_special_tokens if len(token) > 2]
+
+    def note(row: Row, reason: Rejected) -> None:
+        survey.find(f"rejected: {reason.reason}", row.place.rpartition("/")[2])
+
+    def records() -> Iterator[Record]:
+        for record in split.every():
+            _look_at(survey, record, special)
+            yield record
+
+    def questions() -> Iterator[str]:
+        for row in encode(records(), tokenizer, resolved, NO_LIMIT):
+            survey.names.append(row.record.id)
             survey.tokens.append(row.tokens)
             survey.answer_tokens.append(row.answer)
             if row.tokens > limit:
                 survey.find(f"over {limit} tokens", f"{row.record.id} ({row.tokens})")
-            signatures.append(row.record.input or row.record.instruction)
-            if len(signatures) == 4096:
-                texts.append(duplicates.build_signatures(signatures))
-                signatures.clear()
-        texts.append(duplicates.build_signatures(signatures))
-        survey.form, survey.columns = split.form, split.columns
-        splits.append(survey)
-    crossing: dict[str, Finding] = {}
-    _find_duplicates(np.concatenate(texts), names, splits, crossing)
-    return Survey(dataset.name, limit, splits, crossing, notes)
+            yield duplicates.question_of(row.record)
+
+    with RejectedList(split, Path(resolved.config.training.output_dir) / "data" / f"rejected-{split.name}.jsonl", note=note):
+        signed = duplicates.build_signatures(questions())
+    survey.form, survey.columns, survey.rejected = " and ".join(split.forms), split.columns, split.rejected.total()
+    return survey, signed
 
 
 def choose_dataset(resolved: Resolved, name: str | None) -> Resolved:
-    """The config with another dataset in it; column names that were set for the configured one do not carry over."""
+    """The config with another dataset in it; columns and the like that a file sets for the configured one do not carry over."""
     if name is None or name == resolved.config.dataset.name:
         return resolved
-    kept = {} if "dataset.columns" not in resolved.origins or not resolved.origins["dataset.columns"].startswith("--set") else resolved.config.dataset.columns
-    dataset = resolved.config.dataset.model_copy(update={"name": name, "columns": kept, "revision": None})
+    own = {key: resolved.config.dataset.model_fields[key].get_default(call_default_factory=True) for key in ("columns", "revision", "config_name")
+           if not resolved.origins.get(f"dataset.{key}", "").startswith("--set")}
+    dataset = resolved.config.dataset.model_copy(update={"name": name, **own})
     return type(resolved)(resolved.config.model_copy(update={"dataset": dataset}), resolved.profile, resolved.profile_reason, resolved.origins)
 
 
-def _note_rejected(survey: SplitSurvey, row: Row, reason: Rejected) -> None:
-    survey.find(f"rejected: {reason.reason}", row.place.rsplit("/", 1)[-1])
-
-
-def _look_at(survey: SplitSurvey, record: Record) -> None:
+def _look_at(survey: SplitSurvey, record: Record, special: Sequence[str]) -> None:
     survey.categories[record.category] += bool(record.category)
     survey.roles[record.role] += bool(record.role)
     parsed = read_answer(record.output)
-    form = "JSON" if record.output.lstrip().startswith("{") else "structured text"
-    survey.answers[form if parsed.valid else f"not {'valid ' + form if parsed.answer.to_dict() != read_answer('').answer.to_dict() else 'structured'}"] += 1
+    form = "JSON" if record.output.lstrip().startswith("{") else "text"
+    survey.answers[f"four sections as {form}" if parsed.valid else "other"] += 1
     if not parsed.valid:
         survey.find("answer without the four sections", f"{record.id} ({parsed.problems[0]})")
     text = "\n".join((record.instruction, record.input, record.output))
     for what, pattern in PERSONAL.items():
         if match := pattern.search(text):
             survey.find(what, f"{record.id} ({_mask(match.group())})")
+    if found := [token for token in special if token in text]:
+        survey.find("control token of the model in the text", f"{record.id} ({found[0]})")
     survey.languages[_language(record)] += 1
 
 
@@ -174,22 +195,27 @@ def _mask(secret: str) -> str:
 def _language(record: Record) -> str:
     import py3langid
 
-    text = f"{record.input} {record.output}"
-    return py3langid.classify(text)[0] if len(text) >= LANGUAGE_CHARACTERS else "too short to tell"
+    least, most = LANGUAGE_CHARACTERS
+    text = f"{record.input or record.instruction} {record.output}"
+    return py3langid.classify(text[:most])[0] if len(text) >= least else "too short to tell"
 
 
-def _find_duplicates(signatures: np.ndarray, names: list[tuple[int, str]], splits: list[SplitSurvey], crossing: dict[str, Finding]) -> None:
-    """Questions that are the same or almost the same, within a split and across; each later row is named once."""
-    named: set[tuple[int, str]] = set()
-    for first, second in duplicates.similar_pairs(signatures):
-        same = bool((signatures[first] == signatures[second]).all())
-        what = "same question" if same else "near-duplicate question"
-        (split, row), (other, earlier) = names[second], names[first]
-        if (second, what if split == other else "across") in named:
-            continue
-        named.add((second, what if split == other else "across"))
-        if split == other:
-            splits[split].find(what, f"{row} as {earlier}")
-        else:
-            where = f"{what} in {splits[other].name} and {splits[split].name}"
-            crossing.setdefault(where, Finding()).add(f"{row} as {earlier}")
+def _find_duplicates(signatures: np.ndarray, splits: list[SplitSurvey], crossing: dict[str, Finding]) -> None:
+    """Questions that are the same or almost the same (directly or in a chain), within a split and across; each later row is named once."""
+    names = [(split, name) for split in splits for name in split.names]
+    same, near = duplicates.group_equals(signatures), duplicates.group(signatures)
+    crowded = np.bincount(near, minlength=len(near))[near] > 1
+    # For a question, the first row of each split that has it.
+    same_first: dict[int, dict[str, str]] = defaultdict(dict)
+    near_first: dict[int, dict[str, str]] = defaultdict(dict)
+    for index in np.flatnonzero(crowded).tolist():
+        split, name = names[index]
+        equal, alike = same_first[same[index]], near_first[near[index]]
+        for other in alike:
+            what, earlier = ("same question", equal[other]) if other in equal else ("near-duplicate question", alike[other])
+            if other == split.name:
+                split.find(what, f"{name} as {earlier}")
+            else:
+                crossing.setdefault(f"{what} in {other} and {split.name}", Finding()).add(f"{name} as {earlier}")
+        equal.setdefault(split.name, name)
+        alike.setdefault(split.name, name)

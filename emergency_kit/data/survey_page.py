@@ -7,15 +7,19 @@ from __future__ import annotations
 
 from collections import Counter
 from html import escape
+from typing import Callable
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from emergency_kit.data.survey import Finding, SplitSurvey, Survey
+from emergency_kit.data.survey import Finding, SplitSurvey, Survey, printable
 
 BINS = 24
 BAR = "▏▎▍▌▋▊▉█"
+BAR_CHARACTERS = 40
+# The page names more of them.
+NAMED_ON_TERMINAL = 10
 
 
 def print_survey(survey: Survey) -> None:
@@ -26,47 +30,54 @@ def print_survey(survey: Survey) -> None:
         console.print(f"Note: {note}")
     table = Table("", *(split.name for split in survey.splits))
     for label, cells in summary(survey):
-        table.add_row(label, *cells)
+        table.add_row(label, *map(printable, cells))
     console.print(table)
     for split in survey.splits:
-        console.print(f"Tokens of a row in {split.name} (model.max_seq_length is {survey.limit}):")
+        if split.tokens:
+            console.print(f"Tokens of a row in {split.name} (model.max_seq_length is {survey.limit}):")
         for low, high, count, share in histogram(split.tokens):
-            console.print(f"  {low:>6}-{high:<6} {BAR[-1] * int(share * 40)}{BAR[int(share * 40 % 1 * 8)] if share * 40 % 1 > 0.12 else ''} {count}")
+            # A bar of eighths of a character; what is there at all shows.
+            eighths = max(round(share * BAR_CHARACTERS * 8), bool(count))
+            console.print(f"  {low:>6}-{high:<6} {BAR[-1] * (eighths // 8)}{BAR[eighths % 8 - 1] if eighths % 8 else ''} {count}")
     for title, findings in finding_groups(survey):
         console.print(f"{title}:")
         for what, finding in findings.items():
-            console.print(f"  {finding.count} {what}: {', '.join(finding.rows[:5])}{', ...' if finding.count > 5 else ''}")
+            rows = ", ".join(printable(row) for row in finding.rows[:NAMED_ON_TERMINAL])
+            console.print(f"  {finding.count} {what}: {rows}{', ...' if finding.count > NAMED_ON_TERMINAL else ''}")
     if not finding_groups(survey):
         console.print("Nothing found that needs a look.")
 
 
 def summary(survey: Survey) -> list[tuple[str, list[str]]]:
     """Rows of the main table, a cell a split."""
-    def row(label: str, value) -> tuple[str, list[str]]:
+    def row(label: str, value: Callable[[SplitSurvey], str]) -> tuple[str, list[str]]:
         return label, [value(split) for split in survey.splits]
+
+    def found(label: str, what: str) -> tuple[str, list[str]]:
+        return row(label, lambda split: str(split.findings.get(what, Finding()).count))
 
     return [
         row("records", lambda split: f"{len(split.tokens):,}"),
-        row("rejected rows", lambda split: f"{_rejected(split):,}"),
-        row("recognised as", lambda split: split.form),
+        row("rejected rows", lambda split: f"{split.rejected:,}"),
+        row("recognised as", lambda split: split.form or "no form"),
         row("columns", lambda split: ", ".join(split.columns)),
         row("tokens", lambda split: f"{sum(split.tokens):,}"),
         row("  of them answers", lambda split: f"{sum(split.answer_tokens):,}"),
-        row("tokens a row: median", lambda split: f"{np.median(split.tokens):.0f}"),
-        row("  90 % under", lambda split: f"{np.percentile(split.tokens, 90):.0f}"),
-        row("  longest", lambda split: f"{max(split.tokens)}"),
-        row(f"over {survey.limit} tokens", lambda split: str(split.findings.get(f"over {survey.limit} tokens", Finding()).count)),
+        row("tokens a row: median", lambda split: _percentile(split.tokens, 50)),
+        row("  90 % under", lambda split: _percentile(split.tokens, 90)),
+        row("  longest", lambda split: _percentile(split.tokens, 100)),
+        found(f"over {survey.limit} tokens", f"over {survey.limit} tokens"),
         row("answers", lambda split: _shares(split.answers)),
         row("languages", lambda split: _shares(split.languages)),
         row("categories", lambda split: _shares(split.categories, 4) or "no column"),
         row("roles", lambda split: _shares(split.roles, 4) or "no column"),
-        row("same questions", lambda split: str(split.findings.get("same question", Finding()).count)),
-        row("near-duplicate questions", lambda split: str(split.findings.get("near-duplicate question", Finding()).count)),
+        found("same questions", "same question"),
+        found("near-duplicate questions", "near-duplicate question"),
     ]
 
 
-def _rejected(split: SplitSurvey) -> int:
-    return sum(finding.count for what, finding in split.findings.items() if what.startswith("rejected"))
+def _percentile(values: list[int], percent: float) -> str:
+    return f"{np.percentile(values, percent):.0f}" if values else "-"
 
 
 def _shares(counts: Counter[str], most: int = 3) -> str:
@@ -76,11 +87,13 @@ def _shares(counts: Counter[str], most: int = 3) -> str:
 
 
 def histogram(values: list[int]) -> list[tuple[int, int, int, float]]:
-    """`(from, to, count, share of the tallest)` of each bin."""
-    top = max(values) + 1
-    width = max(1, -(-top // BINS))
-    counts = np.bincount(np.asarray(values) // width, minlength=-(-top // width))
-    return [(index * width, (index + 1) * width - 1, int(count), count / counts.max()) for index, count in enumerate(counts)]
+    """`(from, to, count, share of the tallest)` of each bin; no bin where there is no value."""
+    if not values:
+        return []
+    width = max(1, -(-(max(values) + 1 - min(values)) // BINS))
+    first = min(values) // width
+    counts = np.bincount(np.asarray(values) // width - first)
+    return [((first + index) * width, (first + index + 1) * width - 1, int(count), count / counts.max()) for index, count in enumerate(counts)]
 
 
 def finding_groups(survey: Survey) -> list[tuple[str, dict[str, Finding]]]:
@@ -124,13 +137,15 @@ def render_page(survey: Survey) -> str:
 
 def _plot(values: list[int], limit: int, title: str) -> str:
     bins = histogram(values)
+    if not bins:
+        return "<p>No records.</p>"
     width, height = 640 / len(bins), 140
     bars = "".join(
         f'<rect{" class=over" if low > limit else ""} x="{index * width:.1f}" y="{height - share * height:.1f}" width="{width - 1:.1f}" height="{share * height:.1f}">'
         f"<title>{low} to {high}: {count}</title></rect>" for index, (low, high, count, share) in enumerate(bins))
     marks = "".join(f'<text x="{index * width:.1f}" y="{height + 14}">{bins[index][0]}</text>' for index in range(0, len(bins), max(1, len(bins) // 8)))
-    top = bins[-1][1] + 1
-    line = f'<line x1="{limit / top * 640:.1f}" x2="{limit / top * 640:.1f}" y1="0" y2="{height}"/>' if limit < top else ""
+    x = (limit - bins[0][0]) / (bins[-1][1] + 1 - bins[0][0]) * 640
+    line = f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height}"/>' if 0 <= x < 640 else ""
     return f'<svg viewBox="0 0 640 {height + 34}" role="img" aria-label="{escape(title)}">{bars}{line}{marks}<text x="0" y="{height + 30}">{escape(title)}</text></svg>'
 
 

@@ -1,46 +1,32 @@
 """Tokens: records become rows of ids in which only the answer and its end token are supervised.
 
-In: a split, the tokenizer with its chat template. Out: `TokenRows`, read from disk as they are needed.
-A row is prompt ids, answer ids, end-of-turn id; the label of the first part is IGNORE. Labels come
-from these segments, never from a search in the text. A cache folder is named by a hash of all that
-shapes it, code included, so it cannot be stale; it appears whole or not at all.
+In: records, the tokenizer with its chat template. Out: `TokenRows`, in memory or read from disk as they
+are needed. A row is prompt ids, answer ids, end-of-turn id; the label of the first part is IGNORE.
+Labels come from these segments, never from a search in the text. A control token that stands in the
+text of a record becomes that token, as in every chat template; `data inspect` names such rows.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import importlib.metadata
 import json
-import shutil
-import time
-import zipfile
+import os
 from array import array
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterable, Iterator, Sequence
+from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
 
-from emergency_kit.artifacts import hash_file, hash_json, staged_folder
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import PromptRenderer, Record, record_messages, render_prompt
-from emergency_kit.data.rejected import RejectedList, say_rejected
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import load_cards
 
-if TYPE_CHECKING:
-    from emergency_kit.data.load import Split
-
 IGNORE = -100
+# Longer than any row, for those who measure lengths instead of enforcing them.
+NO_LIMIT = 1 << 30
 # Records tokenised in one call: enough to amortise it, few enough to stay in the cache.
 BATCH = 256
-_PACKAGE = Path(__file__).resolve().parent.parent
-# What these files and packages do decides which tokens a record becomes.
-_CODE = ("data/columns.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/load.py", "data/sources.py", "data/tokenize.py",
-         "knowledge/cards.py", "knowledge/emergency_numbers.py", "knowledge/emergency_numbers.yaml", "knowledge/retrieve.py")
-_LIBRARIES = ("bm25s", "numpy", "rensa", "tokenizers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -119,11 +105,12 @@ def encode(records: Iterable[Record], tokenizer: Any, resolved: Resolved, limit:
     """Tokenise records in order, a batch at a time, under `dataset.overlength`; `limit` replaces `model.max_seq_length`."""
     dataset = resolved.config.dataset
     limit = limit or resolved.config.model.max_seq_length
-    cards = load_cards()
+    cards = load_cards() if dataset.grounding == "cards" else {}
     render, opening, end = PromptRenderer(tokenizer), _opening(tokenizer), [tokenizer.eos_token_id]
+    batched = _Tokenise(tokenizer)
     for batch in _batches(records, BATCH):
-        prompts = _tokenise(tokenizer, [render(record_messages(record, cards, dataset.grounding)) for record in batch])
-        answers = _tokenise(tokenizer, [record.output.strip() for record in batch])
+        prompts = batched.prompts([render(record_messages(record, cards, dataset.grounding)) for record in batch])
+        answers = batched([record.output.strip() for record in batch])
         for record, prompt, answer in zip(batch, prompts, answers):
             prompt, answer = _with_bos(prompt, opening), answer + end
             row = fit_row(record.id, prompt, answer, limit, dataset.overlength)
@@ -135,11 +122,32 @@ def encode(records: Iterable[Record], tokenizer: Any, resolved: Resolved, limit:
                 yield Encoded(record, *row, total, len(answer))
 
 
-def _tokenise(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or backend.truncation or backend.padding:
-        return tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
-    return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+class _Tokenise:
+    """Ids of many texts, with no special tokens added; what all prompts begin with is tokenised once."""
+
+    def __init__(self, tokenizer: Any):
+        self._tokenizer = tokenizer
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        if self._backend is None or self._backend.truncation or self._backend.padding:
+            self._backend = None
+        # A text may be cut before such a token: the parts around it are tokenised apart in any case.
+        self._cuts = [token.content for token in tokenizer.added_tokens_decoder.values()
+                      if token.special and not (token.normalized or token.lstrip or token.single_word)] if self._backend else []
+        self._head, self._head_ids = "", list[int]()
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        if self._backend is None:
+            return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def prompts(self, texts: list[str]) -> list[list[int]]:
+        """Ids of prompts, which the template gives the same head."""
+        if not self._head or not all(text.startswith(self._head) for text in texts):
+            same = os.path.commonprefix(texts)
+            cut = max((same.rfind(token) for token in self._cuts), default=0)
+            self._head = same[:max(cut, 0)]
+            self._head_ids, = self([self._head])
+        return [self._head_ids + ids for ids in self([text[len(self._head):] for text in texts])]
 
 
 def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
@@ -188,16 +196,17 @@ def build_rows(records: Iterable[Record], tokenizer: Any, resolved: Resolved, fo
     finally:
         if stream:
             stream.close()
-    _say_changed(changed, len(prompts), resolved)
+    say_changed(changed, len(prompts), resolved)
     rows = TokenRows(np.asarray(ids, np.int32), np.asarray(starts, np.int64), np.asarray(prompts, np.int32))
     if folder:
         np.savez(folder / "rows.npz", starts=rows.starts, prompts=rows.prompts)
         (folder / "overlength.json").write_text(json.dumps(changed, ensure_ascii=False), encoding="utf-8")
-        return TokenRows(_map_ids(folder / "ids.bin"), rows.starts, rows.prompts)
+        return TokenRows(map_ids(folder / "ids.bin"), rows.starts, rows.prompts)
     return rows
 
 
-def _say_changed(changed: dict[str, list[str]], rows: int, resolved: Resolved) -> None:
+def say_changed(changed: dict[str, list[str]], rows: int, resolved: Resolved) -> None:
+    """Print how many records were dropped or cut for their length; raises DataError under `dataset.strict` or where none is left."""
     limit = resolved.config.model.max_seq_length
     for kind, names in changed.items():
         if names:
@@ -209,120 +218,6 @@ def _say_changed(changed: dict[str, list[str]], rows: int, resolved: Resolved) -
         raise DataError(f"no record is within model.max_seq_length {limit}; raise it")
 
 
-def _map_ids(path: Path) -> np.ndarray:
+def map_ids(path: Path) -> np.ndarray:
+    """The ids of all rows, int32, paged in as they are read."""
     return np.memmap(path, np.int32, "r")
-
-
-@functools.cache
-def _code_digest() -> str:
-    return hash_json([[hash_file(_PACKAGE / name) for name in _CODE], [importlib.metadata.version(name) for name in _LIBRARIES]])
-
-
-def cache_key(split_digest: str, tokenizer: Any, resolved: Resolved) -> str:
-    """Hash of the records, template, tokenizer, length, overlength rule and of the code that tokenises."""
-    backend = tokenizer.backend_tokenizer.to_str() if hasattr(tokenizer, "backend_tokenizer") else str(sorted(tokenizer.get_vocab().items()))
-    sample = render_prompt(tokenizer, record_messages(Record("", "s", "o", cards=()), load_cards(), resolved.config.dataset.grounding))
-    return hash_json([_code_digest(), split_digest, resolved.config.dataset.overlength, resolved.config.model.max_seq_length,
-                      tokenizer.chat_template, backend, [tokenizer.bos_token, tokenizer.eos_token], sample])
-
-
-def cache_folder(resolved: Resolved) -> Path:
-    """Where tokenised splits are kept."""
-    return Path(resolved.config.training.output_dir) / "cache"
-
-
-def load_rows(split: Split, tokenizer: Any, resolved: Resolved) -> TokenRows:
-    """Rows of a split from the cache under `<output_dir>/cache/`, or tokenised now and cached.
-
-    One process at a time tokenises; another one that wants the same rows waits and takes them from the cache.
-    """
-    digest = split.digest()
-    folder = cache_folder(resolved) / f"tokens-{cache_key(digest, tokenizer, resolved)[:24]}"
-    rows = _read_cached(folder, resolved)
-    if rows is None:
-        with cache_lock(folder.parent):
-            rows = _read_cached(folder, resolved) or _build_cached(folder, split, digest, tokenizer, resolved)
-    return rows
-
-
-@contextlib.contextmanager
-def cache_lock(folder: Path, wait: bool = True) -> Iterator[None]:
-    """Hold the cache for writing; the system frees it when a process dies. Raises filelock.Timeout without `wait`."""
-    from filelock import FileLock, Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise
-        print(f"Waiting for another process that tokenises into {folder}", flush=True)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _build_cached(folder: Path, split: Split, digest: str, tokenizer: Any, resolved: Resolved) -> TokenRows:
-    remove_leftovers(folder.parent)
-    with staged_folder(folder) as temporary:
-        with RejectedList(split, temporary / "rejected.jsonl", shown_as=folder / "rejected.jsonl"):
-            rows = build_rows(split, tokenizer, resolved, temporary)
-        if split.digest() != digest:
-            raise DataError(f"dataset {split.source.name}: changed while it was read; run again")
-        about = {"dataset": split.source.name, "split": split.name, "said": split.said, "rows": len(rows), "tokens": len(rows.ids),
-                 "supervised": rows.supervised, "rejected": dict(split.rejected), "made": time.time(),
-                 "files": {name: hash_quickly(temporary / name) for name in ("ids.bin", "rows.npz", "overlength.json")}}
-        (temporary / "about.json").write_text(json.dumps(about, indent=1, ensure_ascii=False), encoding="utf-8")
-    return TokenRows(_map_ids(folder / "ids.bin"), rows.starts, rows.prompts)
-
-
-def _read_cached(folder: Path, resolved: Resolved) -> TokenRows | None:
-    if not folder.exists():
-        return None
-    try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        rejected: Counter[str] = Counter(about["rejected"])
-        damaged = [name for name, digest in about["files"].items() if hash_quickly(folder / name) != digest]
-        if damaged or not about["files"]:
-            raise ValueError(f"{', '.join(damaged)} differs from its checksum")
-        changed = json.loads((folder / "overlength.json").read_text(encoding="utf-8"))
-        with np.load(folder / "rows.npz") as stored:
-            rows = TokenRows(_map_ids(folder / "ids.bin"), stored["starts"], stored["prompts"])
-        said = "\n".join(about["said"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        print(f"{folder}: not readable ({error}), tokenised anew", flush=True)
-        return None
-    with contextlib.suppress(OSError):  # a cache that may only be read is as good
-        (folder / "about.json").touch()  # the time of the last use, for `data cache prune`
-    print(said, flush=True)
-    if rejected:
-        say_rejected(about["split"], rejected, folder / "rejected.jsonl")
-        if resolved.config.dataset.strict:
-            raise DataError(f"{folder / 'rejected.jsonl'}: {rejected.total()} rows rejected; mend or remove them (dataset.strict makes it fatal)")
-    _say_changed(changed, len(rows), resolved)
-    return rows
-
-
-def remove_leftovers(folder: Path) -> tuple[int, int]:
-    """Remove what processes that died left in the cache; `(how many, bytes)`. The cache must be held."""
-    removed = freed = 0
-    for path in folder.glob(".*"):
-        if path.suffix in (".partial", ".retired") and path.is_dir():
-            freed += sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-            shutil.rmtree(path)
-            removed += 1
-    return removed, freed
-
-
-def hash_quickly(path: Path) -> str:
-    """xxh3 of a file: finds damage, at the speed of reading."""
-    import xxhash
-
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from emergency_kit.errors import DataError
+from emergency_kit.knowledge.cards import normalise
 
 ADDITIONS = Path(__file__).parent / "scenarios" / "additions.yaml"
 _KEPT = re.compile(r"\d|^(?:no|not|never|none|cannot|can't|cant|don't|dont|didn't|isn't|won't|without)$", re.IGNORECASE)
@@ -37,7 +38,7 @@ class Addition:
 def load_additions(path: Path = ADDITIONS) -> dict[str, tuple[Addition, ...]]:
     """Sentences by their use: `additions`, `speakers` (with `{advice}` in them), `openings`."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return {use: tuple(Addition(**{**item, "settings": tuple(item.get("settings", ()))}) for item in content[use])
                 for use in ("additions", "speakers", "openings")}
     except (yaml.YAMLError, KeyError, TypeError) as error:
@@ -47,6 +48,12 @@ def load_additions(path: Path = ADDITIONS) -> dict[str, tuple[Addition, ...]]:
 def join(first: str, second: str) -> str:
     """Two pieces of a telling as one text."""
     return f"{first}{'' if first[-1:] in '.!?…' else '.'} {second}"
+
+
+def shingles(text: str) -> frozenset[str]:
+    """The text's word triples; how much two texts share of them says how alike they are."""
+    words = normalise(text).split()
+    return frozenset(" ".join(words[start:start + 3]) for start in range(max(1, len(words) - 2)))
 
 
 def hurry(text: str, chance: random.Random) -> str:

@@ -20,7 +20,17 @@ STALE_YEARS = 12
 FEWEST_SOURCES = 2
 _DIGITS = re.compile(r"\d+(?:\.\d+)?")
 # Advice that one card gives and another forbids on purpose: (card that advises, card that forbids): why both are right.
-MEANT: dict[tuple[str, str], str] = {}
+MEANT: dict[tuple[str, str], str] = {
+    ("active_attacker", "clothing_on_fire"): "Running feeds burning clothes; from an attacker it is the first choice.",
+    ("power_cut", "choking_adult"): "A drink in a hot, dark home harms nobody; with a blocked airway it does.",
+    ("power_cut", "choking_alone"): "As for choking in others.",
+    ("power_cut", "swallowed_poison"): "A drink can bring a swallowed poison further; in a hot home it is needed.",
+    ("anaphylaxis", "asthma_attack"): "Anaphylaxis drops the blood pressure, so lying flat helps unless breathing is hard; in asthma it makes breathing harder.",
+    ("severe_bleeding", "asthma_attack"): "Lying down suits blood loss, not hard breathing.",
+    ("shock", "asthma_attack"): "Lying flat suits shock; the card itself says half sitting where breathing is hard.",
+    ("heart_attack", "stroke"): "Aspirin helps a blocked heart vessel; a stroke may be a bleeding one.",
+    ("electric_shock", "severe_bleeding"): "Burns are cooled with water; a bleeding wound is pressed, not rinsed.",
+}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Rules: whether statements of guidance give a card's actions, keep its never-rules and state its numbers.
 
 In: normalised statements and a card. Out: findings. Matching is plain: a phrase as whole words; a phrase
-behind "do not", "never" or the like in the same statement is a warning, not advice.
+behind "do not", "never" or the like in the same statement is a warning, not advice, and a statement that
+opens with one gives no action, except one that is itself worded so.
 Limits: wording that no phrase foresees is not found; the phrases are the card's.
 """
 
@@ -14,6 +15,7 @@ from emergency_kit.knowledge.cards import Action, Card, contains_phrase, normali
 from emergency_kit.knowledge.emergency_numbers import ANY_COUNTRY, Country, localise
 
 _WARNING = re.compile(r"\b(?:do not|don't|dont|never|avoid|without|instead of|rather than|not to|no)\b")
+_FORBIDS = re.compile(r"^(?:do not|don't|dont|never|avoid) ")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 
 
@@ -30,7 +32,8 @@ def gives_action(statements: Iterable[str], action: Action, card: Card, country:
         phrases |= {normalise(localise(phrase, country, card.service)) for phrase in action.phrases if ANY_COUNTRY in phrase}
     if action.instead and action.needs in lacks:
         phrases.add(normalise(action.instead))
-    return any(contains_phrase(statement, phrase) for statement in statements for phrase in phrases)
+    return any(contains_phrase(statement, phrase) for statement in statements for phrase in phrases
+               if not _FORBIDS.match(statement) or _FORBIDS.match(phrase))
 
 
 def broken_rules(statements: Sequence[str], card: Card) -> list[tuple[str, str]]:

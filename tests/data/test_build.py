@@ -1,121 +1,176 @@
-"""The embedded dataset: sizes, splits that share nothing, hard cases in their shares, the same bytes each time."""
+"""The embedded dataset: sizes, splits that share nothing, hard cases in their shares, answers that keep to their cards, the same bytes each time."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.config import load_config
-from emergency_kit.data import build
+from emergency_kit.data import build, describe
+from emergency_kit.data.answers import check_record
 from emergency_kit.data.format import Record, parse_answer
+from emergency_kit.data.situations import load_situations
+from emergency_kit.data.variation import load_additions
 from emergency_kit.errors import DataError
-from emergency_kit.evaluation.safety import find_actions
-from emergency_kit.knowledge.cards import load_cards, normalise
+from emergency_kit.knowledge.cards import SAFE_MINIMUM, load_cards
+from emergency_kit.knowledge.retrieve import Retriever
+
+CONFIG = load_config("embedded").config.dataset
+CARDS = load_cards()
+TEST_ONLY = {"carbon_monoxide", "earthquake", "vehicle_in_water", "chemical_burn", "snake_bite", "explosion", "choking_alone", "frostbite",
+             "landslide", "volcanic_ash", "elevator_stuck", "bomb_threat"}
 
 
 @pytest.fixture(scope="module")
 def records() -> dict[str, list[Record]]:
-    config = load_config("embedded").config.dataset
-    return build.build_records(config.build_seed, config.top_k)
+    return build.build_records(CONFIG.build_seed, CONFIG.build_size, CONFIG.top_k)
 
 
-def grams(text: str, size: int) -> set[tuple[str, ...]]:
-    words = normalise(text).split()
-    return {tuple(words[start:start + size]) for start in range(len(words) - size + 1)}
+def followed(record: Record) -> list[str]:
+    """The cards that an answer was built from."""
+    hazards = record.id.split("/")[0].split("+")
+    return [hazard for hazard in hazards if hazard in record.cards] or [SAFE_MINIMUM]
 
 
 def test_sizes_and_ids(records: dict[str, list[Record]]) -> None:
-    assert len(records["train"]) >= 240 and len(records["validation"]) >= 40 and len(records["test"]) >= 40
-    ids = [record.id for split in records.values() for record in split]
-    assert len(ids) == len(set(ids))
+    every = [record for items in records.values() for record in items]
+    assert len(every) == CONFIG.build_size >= 3000
+    assert len({record.id for record in every}) == len({(record.input, record.output) for record in every}) == len(every)
+    assert len({record.input for record in every}) == len(every)
+    assert max(Counter(record.output for record in every).values()) <= 0.02 * len(every)
 
 
-def test_at_least_three_hazards_stand_in_the_test_split_only(records: dict[str, list[Record]]) -> None:
-    hazards = {split: {record.id.split("/")[0] for record in items} for split, items in records.items()}
-    held_out = hazards["test"] - hazards["train"] - hazards["validation"]
-    assert held_out == {"carbon_monoxide", "earthquake", "vehicle_in_water", "chemical_burn", "snake_bite"}
-    assert len(held_out) >= 0.15 * (len(load_cards()) - 1)
+def test_one_hazard_in_six_stands_in_the_test_split_only(records: dict[str, list[Record]]) -> None:
+    hazards = {split: {hazard for record in items for hazard in record.id.split("/")[0].split("+")} for split, items in records.items()}
+    assert hazards["test"] - hazards["train"] - hazards["validation"] == TEST_ONLY
+    assert set(CARDS) == hazards["test"] and len(TEST_ONLY) >= 0.15 * len(CARDS)
 
 
-def test_no_scenario_or_near_copy_stands_in_two_splits() -> None:
-    """No shared sentence, and word 5-grams overlap by less than a fifth (Jaccard) between any two splits' tellings."""
-    tellings = list(build.iterate_tellings())
-    seen: dict[str, str] = {}
-    for split, text in tellings:
-        for sentence in re.split(r"(?<=[.!?])\s+", text):
-            key = normalise(sentence)
-            if len(key.split()) >= 4:
-                assert seen.setdefault(key, split) == split, sentence
-    sets = [(split, text, grams(text, 5), set(normalise(text).split())) for split, text in tellings]
-    for index, (split, text, five, words) in enumerate(sets):
-        for other_split, other_text, other_five, other_words in sets[index + 1:]:
-            if split != other_split:
-                assert len(five & other_five) <= 0.2 * max(1, len(five | other_five)), (text, other_text)
-                assert len(words & other_words) <= 0.6 * len(words | other_words), (text, other_text)
+def test_roles_and_compounds_that_training_never_sees(records: dict[str, list[Record]]) -> None:
+    roles = {split: {record.role for record in items} for split, items in records.items()}
+    assert {"child", "security guard", "hotel receptionist", "bus driver", "care worker", "lifeguard"} <= roles["test"] - roles["train"] - roles["validation"]
+    pairs = {split: {record.id.split("/")[0] for record in items if "+" in record.id} for split, items in records.items()}
+    assert len(pairs["test"]) >= 8 and len(pairs["train"]) >= 8 and not pairs["test"] & pairs["train"]
 
 
-def test_the_near_copy_check_can_fail() -> None:
-    first, second = "the oil in my frying pan just caught fire", "the oil in my frying pan just caught fire help"
-    assert len(grams(first, 5) & grams(second, 5)) > 0.2 * len(grams(first, 5) | grams(second, 5))
+def test_nothing_crosses_from_train_into_another_split(records: dict[str, list[Record]]) -> None:
+    assert describe.crossings(records) == []
 
 
-def test_every_answer_has_four_sections_and_all_actions_of_its_card(records: dict[str, list[Record]]) -> None:
-    cards = load_cards()
-    for record in records["train"]:
+def test_the_check_for_crossings_finds_a_shared_run_of_words_and_a_near_copy() -> None:
+    told = "the oil in my frying pan just caught fire and the curtains are next to it"
+    train = Record("1", told, "x", hazards=("a",))
+    run = describe.crossings({"train": [train], "validation": [], "test": [replace(train, id="2", input="hello, " + told[:40])]})
+    assert run and "2" in run[0]
+    near = describe.crossings({"train": [train], "validation": [], "test": [replace(train, id="3", input=told.replace("frying", "big"))]})
+    assert any("near-duplicates" in line for line in near)
+
+
+def test_every_record_passes_its_own_cards_checks(records: dict[str, list[Record]]) -> None:
+    for record in (record for items in records.values() for record in items):
         assert parse_answer(record.output).valid, record.id
-        assert all(finding.given for finding in find_actions(record.output, [cards[hazard] for hazard in record.hazards])), record.id
-        assert all(rule.text in record.output for hazard in record.hazards for rule in cards[hazard].never)
+        assert check_record(record, CARDS, followed(record)) == [], record.id
+
+
+def test_the_check_finds_a_missing_action_a_broken_rule_and_a_number_of_its_own(records: dict[str, list[Record]]) -> None:
+    record = next(item for item in records["train"] if followed(item) == ["thermal_burn"] and not item.lacks and not item.country)
+    action = CARDS["thermal_burn"].critical_actions[1].text
+    assert any("lacks the action" in problem for problem in check_record(replace(record, output=record.output.replace(action, "Wait.")), CARDS, ["thermal_burn"]))
+    assert any("breaks" in problem for problem in check_record(replace(record, output=record.output + "\n20. Put ice on it."), CARDS, ["thermal_burn"]))
+    assert any("number 45" in problem for problem in check_record(replace(record, output=record.output + "\n20. Cool it for 45 minutes."), CARDS, ["thermal_burn"]))
 
 
 def test_hard_cases_have_their_shares(records: dict[str, list[Record]]) -> None:
     train = records["train"]
-    hazard_of = [record.id.split("/")[0] for record in train]
-    share = {
-        "right card alone": sum(record.cards == (hazard,) for record, hazard in zip(train, hazard_of)),
-        "right card among others": sum(len(record.cards) > 1 and hazard in record.cards for record, hazard in zip(train, hazard_of)),
-        "wrong card only": sum(bool(record.cards) and hazard not in record.cards for record, hazard in zip(train, hazard_of)),
-        "no card": sum(not record.cards for record in train),
-        "bystander contradicts": sum("Do not follow the advice" in record.output for record in train),
-    }
-    share = {name: count / len(train) for name, count in share.items()}
-    assert 0.35 < share["right card alone"] < 0.65 and 0.25 < share["right card among others"] < 0.5, share
-    assert 0.03 < share["wrong card only"] < 0.15 and 0.03 < share["no card"] < 0.15 and share["bystander contradicts"] > 0.15, share
-    first = Counter(record.cards.index(hazard) for record, hazard in zip(train, hazard_of) if len(record.cards) > 1 and hazard in record.cards)
-    assert min(first[0], first[1]) > 10  # the right card is not always the first
+    share = {case: count / len(train) for case, count in describe.hard_cases(train).items()}
+    assert 0.35 < share["the right card alone"] < 0.65 and 0.2 < share["the right card among others"] < 0.5, share
+    assert 0.02 < share["a wrong card only: the answer must not follow it"] < 0.12 and 0.03 < share["no card: the safe minimum"] < 0.15, share
+    assert share["two cards that both apply"] > 0.04 and share["somebody contradicts the card"] > 0.15 and share["an action is impossible"] > 0.08, share
+    second = [record for record in train if len(record.hazards) == 1 and record.hazards[0] in record.cards[1:]]
+    assert len(second) > 20  # the right card is not always the first
 
 
-def test_where_no_card_fits_the_answer_says_so(records: dict[str, list[Record]]) -> None:
-    odd = [record for record in records["train"] if record.id.split("/")[0] not in record.cards]
-    assert odd
+def test_a_wrong_card_is_not_followed_and_without_one_the_answer_says_so(records: dict[str, list[Record]]) -> None:
+    odd = [record for record in records["train"] if followed(record) == [SAFE_MINIMUM]]
+    assert any(record.cards for record in odd) and any(not record.cards for record in odd)
     for record in odd:
-        assert record.hazards == ("safe_minimum",) and "No card fits this situation" in record.output
-        assert "Call your local emergency number." in record.output
+        assert record.hazards == (SAFE_MINIMUM,) and "No card fits this situation" in record.output
+        guidance = parse_answer(record.output).answer.guidance
+        for card_id in record.cards:
+            assert not {action.text for action in CARDS[card_id].critical_actions} & set(guidance) - {action.text for action in CARDS[SAFE_MINIMUM].critical_actions}
+
+
+def test_an_impossible_action_is_replaced_by_what_the_card_says_instead(records: dict[str, list[Record]]) -> None:
+    changed = 0
+    for record in records["train"]:
+        for card_id in followed(record):
+            for action in CARDS[card_id].critical_actions:
+                if action.instead and action.needs in record.lacks and len(followed(record)) == 1:
+                    changed += 1
+                    assert action.instead in record.output and f"Without {action.needs}, step" in record.output, record.id
+    assert changed > 100
+
+
+def test_a_country_shows_its_own_number(records: dict[str, list[Record]]) -> None:
+    from emergency_kit.knowledge.emergency_numbers import load_numbers
+
+    abroad = [record for record in records["train"] if record.country and "a phone" not in record.lacks]
+    assert len({record.country for record in abroad}) > 60
+    for record in abroad[:200]:
+        country = load_numbers()[record.country]
+        assert any(number in record.output for numbers in (country.ambulance, country.fire, country.police) for number in numbers), record.id
 
 
 def test_test_prompts_carry_what_retrieval_finds(records: dict[str, list[Record]]) -> None:
-    from emergency_kit.knowledge.retrieve import Retriever
-
-    retriever = Retriever(load_cards(), load_config("embedded").config.dataset.top_k)
-    assert all(record.cards == tuple(hit.card_id for hit in retriever.find(record.input)) for record in records["test"])
+    retriever = Retriever(CARDS, CONFIG.top_k)
+    for record in records["test"][:200]:
+        found = retriever.find(record.input)
+        assert (record.cards, record.fits) == (tuple(found.ids), found.fits)
 
 
 def test_same_seed_same_bytes_other_seed_other_bytes(tmp_path: Path) -> None:
-    config = load_config("embedded")
+    config = load_config("embedded", settings=["dataset.build_size=400"])
     folders = [build.build(config, tmp_path / "a"), build.build(config, tmp_path / "b"),
-               build.build(load_config("embedded", settings=["dataset.build_seed=8"]), tmp_path / "c")]
+               build.build(load_config("embedded", settings=["dataset.build_size=400", "dataset.build_seed=8"]), tmp_path / "c")]
     texts = [(folder / "train.jsonl").read_bytes() for folder in folders]
     assert texts[0] == texts[1] != texts[2]
-    assert {path.name for path in folders[0].iterdir()} == {"train.jsonl", "validation.jsonl", "test.jsonl", "manifest.json"}
+    assert {path.name for path in folders[0].iterdir()} == {"train.jsonl", "validation.jsonl", "test.jsonl", "manifest.json", "README.md"}
     assert not verify_folder(folders[0])
     assert json.loads(texts[0].splitlines()[0]).keys() == vars(Record("", "", "")).keys()
+    assert sum(len((folders[0] / f"{split}.jsonl").read_text().splitlines()) for split in build.SPLITS) == 400
 
 
-def test_a_broken_scenario_file_is_named(tmp_path: Path) -> None:
-    (tmp_path / "fire.yaml").write_text("kitchen_grease_fire:\n  - split: train\n    facts: [a]\n")
-    with pytest.raises(DataError, match="fire.yaml: kitchen_grease_fire 1: lacks 'unknown'"):
-        build.load_situations(tmp_path)
+def test_a_small_size_still_holds_every_hazard_of_the_training_split() -> None:
+    records = build.build_records(1, 400, 2)
+    assert len({record.id.split("/")[0] for record in records["train"]}) >= 57
+
+
+def test_more_than_the_material_gives_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "ROUNDS", 0)
+    with pytest.raises(DataError, match="gives no 5000 distinct records; ask for fewer"):
+        build.build_records(1, 5000, 2)
+
+
+@pytest.mark.parametrize(("content", "words"), [
+    ("kitchen_grease_fire:\n  misleading: []\n  situations:\n    - split: train\n      facts: [a]\n", "kitchen_grease_fire 1"),
+    ("kitchen_grease_fire:\n  - split: train\n", "misleading and situations"),
+    ("kitchen_grease_fire: [", "not valid YAML"),
+    ("a:\n  misleading: []\n  situations:\n    - {split: tran, setting: home, facts: [a], unknown: [b], tellings: [{role: r, text: t}]}\n", "'tran'"),
+])
+def test_a_broken_scenario_file_is_named(tmp_path: Path, content: str, words: str) -> None:
+    (tmp_path / "fire.yaml").write_text(content)
+    with pytest.raises(DataError, match="fire.yaml") as caught:
+        load_situations(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_additions_are_told_apart_by_split_and_state_what_they_say() -> None:
+    additions = load_additions()
+    assert all({item.split for item in items} == {"train", "validation", "test"} for items in additions.values())
+    assert all(item.lacks and item.fact for item in additions["additions"] if item.kind == "lack")
+    assert all("{advice}" in item.text and "{advice}" in item.fact for item in additions["speakers"])

@@ -6,13 +6,13 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer
 
 from emergency_kit.data.format import (
-    ANSWER_SCHEMA, NO_CARD, SECTIONS, SYSTEM_PROMPT, Answer, Record, build_messages, parse_answer, parse_json_answer, record_messages,
-    render_answer, render_prompt,
+    ANSWER_SCHEMA, SAFE_HEADING, SECTIONS, PromptRenderer, SYSTEM_PROMPT, Answer, Record, build_messages, parse_answer, parse_json_answer, record_messages,
+    render_answer, render_card, render_prompt, shown_cards,
 )
 from emergency_kit.knowledge.cards import Card
 
 CARD = Card.model_validate({
-    "id": "pan_fire", "category": "fire", "name": "Pan fire", "also_called": ["oil fire"], "signs": ["flames"],
+    "id": "pan_fire", "category": "fire", "name": "Pan fire", "service": "fire", "also_called": ["oil fire"], "signs": ["flames"],
     "dangers": ["Water throws burning oil."],
     "critical_actions": [{"text": "Turn off the heat.", "phrases": ["turn off the heat", "heat off", "switch off"]},
                          {"text": "Call 112.", "phrases": ["call 112", "phone 112", "ring 112"]}],
@@ -50,11 +50,37 @@ def test_blocks_of_the_users_turn():
     def user(*arguments):
         return build_messages(*arguments)[1]["content"]
 
-    assert user("fire", []) == f"{NO_CARD}\n\nSITUATION: fire"
+    safe = CARD.model_copy(update={"id": "safe_minimum"})
+    assert user("fire", [safe]).startswith(f"{SAFE_HEADING}: Pan fire\n")
     assert user("fire", None) == "SITUATION: fire"
     assert user("fire", None, "Say what to do. ") == "Say what to do.\n\nSITUATION: fire"
     assert user(" ", None, "Say what to do.") == "Say what to do."
-    assert user("fire", [CARD, CARD]).count("CARD: Pan fire") == 2
+    assert user("fire", [CARD, CARD]).count("OTHER CARD: Pan fire") == 1
+    assert build_messages("fire", [CARD, CARD], fits=2)[1]["content"].count("\n\nCARD: Pan fire") == 1
+
+
+def test_a_card_shows_what_to_do_instead_and_the_countrys_number():
+    needy = Card.model_validate(CARD.model_dump() | {"service": "fire", "critical_actions": [
+        {"text": "Call your local emergency number.", "phrases": ["call your local emergency number", "call 112", "call 911"],
+         "needs": "a phone", "instead": "Shout for help."}]})
+    assert "1. Call your local emergency number. Without a phone: Shout for help." in render_card(needy)
+    assert "1. Call 119 or 110. Without" not in render_card(needy, country="JP")
+    assert "1. Call 119. Without a phone: Shout for help." in render_card(needy, country="JP")
+    assert "999" in render_card(needy, country="gb")
+
+
+def test_where_no_card_was_found_the_safe_minimum_is_shown():
+    cards = {"safe_minimum": CARD.model_copy(update={"id": "safe_minimum"}), "pan_fire": CARD}
+    assert [card.id for card in shown_cards([], cards)] == ["safe_minimum"]
+    assert [card.id for card in shown_cards(["pan_fire"], cards)] == ["pan_fire"]
+
+
+def test_the_quick_renderer_writes_what_the_chat_template_writes(tokenizer):
+    render = PromptRenderer(tokenizer)
+    assert render._wrapped
+    for scenario in ("fire", " a {{ b }} <|im_end|> 日本 ", "x\n\ny"):
+        messages = build_messages(scenario, [CARD])
+        assert render(messages) == render_prompt(tokenizer, messages)
 
 
 def test_grounding_decides_whether_a_record_shows_its_cards():
