@@ -163,7 +163,7 @@ def _parse_list(text: str) -> list[Any]:
 def _number(value: Any) -> int:
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Rejected("fits is not a number", repr(value)[:60]) from None
 
 

@@ -83,19 +83,34 @@ class Hub:
         self.name = dataset.name
         if revision and dataset.revision and revision != dataset.revision:
             raise DataError(f"dataset {dataset.name}: dataset.revision is {dataset.revision!r}; name one revision")
+        revision = dataset.revision or revision
         try:
-            self._data = load_dataset(name, dataset.config_name, revision=dataset.revision or revision or None)
+            self._data = load_dataset(name, dataset.config_name, revision=revision or None)
         # RuntimeError: a dataset that is a script, which `datasets` no longer runs.
         except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise DataError(f"dataset {dataset.name}: cannot be loaded from the Hub ({first}); check the name, the network and, for a private "
                             "one, HF_TOKEN, or use local files: --set dataset.name=FILE") from None
+        self._check_revision(name, revision or "main")
         self._actual = {split: split for split in self._data}
         for wanted in (dataset.train_split, dataset.validation_split):
             for other in _OTHER_NAMES.get(wanted, ()):
                 if wanted not in self._actual and other in self._data:
                     self._actual[wanted] = self._actual.pop(other)
         self.groups: Measured = {}
+
+    def _check_revision(self, name: str, revision: str) -> None:
+        """Where the Hub does not answer, `datasets` takes whatever revision it cached last; another than the one asked for must not pass."""
+        from huggingface_hub.constants import HF_HUB_CACHE
+        from huggingface_hub.file_download import repo_folder_name
+
+        reference = Path(HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="dataset"), "refs", revision)
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        files = next(iter(self._data.values())).cache_files
+        loaded = Path(files[0]["filename"]).parent.name if files else commit
+        if loaded != commit:
+            raise DataError(f"dataset {self.name}: revision {revision!r} is not to be had; the Hub cannot be reached, and the last one in the cache "
+                            f"is commit {loaded[:12]}. Next: check dataset.revision and the network")
 
     def splits(self) -> list[str]:
         """Names of the splits; `dev` and the like are called what the config calls them."""

@@ -15,6 +15,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Iterable, Mapping, Sequence
+from zipfile import BadZipFile
 
 import numpy as np
 import yaml
@@ -26,16 +27,17 @@ from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, norma
 
 CUE_FOLDER = Path(__file__).parent / "cues"
 INDEX_FOLDER = REPOSITORY / "models"
-# Chosen on the development half of tests/knowledge/labelled_scenarios.yaml (benchmarks/RESULTS.md).
+# Chosen on the development half of tests/knowledge/labelled_scenarios.yaml, measured on the other (benchmarks/RESULTS.md).
 RIDGE = 0.5
 NAME_WEIGHT, SIGN_WEIGHT, ADVICE_WEIGHT = 2.0, 1.0, 0.3
-WORD, PAIR, PIECE = 1.0, 0.8, 0.5
-PIECES = (3, 4, 5)
-WINDOW_WORDS = 18
-WINDOW_SHARE = 0.5
-APPLIES = 0.0
-SURE_MARGIN = 0.15
-SECOND_SHARE = 0.6
+KIND = {"w": 1.0, "p": 0.8, "c": 0.5}  # words, pairs of neighbours, pieces of words
+PIECE_LETTERS = (3, 4, 5)
+# A long report is also read in overlapping windows, so that what does not matter cannot drown what does.
+WINDOW_WORDS, WINDOW_SHARE = 24, 0.5
+APPLIES = 0.9
+UNSURE_MARGIN, UNSURE_APPLIES = 0.1, 0.2
+SECOND_SCORE, SECOND_SHARE = 0.33, 0.5
+MATCHED_WORDS = 6
 STOPWORDS = frozenset(
     """a an the and or of to in on at is are was were be been it its it's i my me we our you your he his she her they them their this that
     there with for from so as but if do does did have has had just can what how now get got please help not no""".split())
@@ -100,40 +102,43 @@ def stem(word: str) -> str:
     return word
 
 
-def _word_features(words: Sequence[str]) -> list[str]:
+def _features(words: Sequence[str]) -> list[str]:
+    """What a text is known by: stems, pairs of neighbouring stems, and pieces of words, which survive slips."""
     stems = [stem(word) for word in words]
-    features = [f"w:{stemmed}" for word, stemmed in zip(words, stems) if word not in STOPWORDS]
-    features += [f"b:{first} {second}" for first, second in zip(stems, stems[1:])]
-    for word in words:
+    features = [f"p:{first} {second}" for first, second in zip(stems, stems[1:])]
+    for word, stemmed in zip(words, stems):
         if word not in STOPWORDS:
-            features += _pieces(word)
+            features += _own_features(word, stemmed)
     return features
 
 
 @functools.lru_cache(maxsize=50_000)
-def _pieces(word: str) -> tuple[str, ...]:
+def _own_features(word: str, stemmed: str) -> tuple[str, ...]:
     marked = f"^{word}$"
-    return tuple(f"c:{marked[start:start + length]}" for length in PIECES for start in range(len(marked) - length + 1))
-
-
-_KIND = {"w": WORD, "b": PAIR, "c": PIECE}
+    return (f"w:{stemmed}", *(f"c:{marked[start:start + length]}" for length in PIECE_LETTERS for start in range(len(marked) - length + 1)))
 
 
 @dataclass(frozen=True)
 class _Index:
-    """A fitted model. weights: float32 (features, cards + 1), the last column for "no card"; idf: (features,)."""
+    """A fitted model. weights: float32 (features, cards + 2): a column a card, one for "no card", one for whether any applies."""
 
     card_ids: tuple[str, ...]
     features: dict[str, int]
     idf: np.ndarray
     weights: np.ndarray
-    applies: np.ndarray
-    words: dict[str, int]
-    slips: dict[str, tuple[str, ...]]
 
-    def vector(self, words: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """`(places, values)` of a text's known features, of length 1."""
-        return _vector(_word_features(words), self.features, self.idf)
+    def score(self, words: Sequence[str]) -> np.ndarray:
+        """Scores of a text, float32 (cards + 2,); zeros where no word is known."""
+        places, values = _vector(_features(words), self.features, self.idf)
+        return values @ self.weights[places]
+
+    def speaking(self, words: Sequence[str], column: int) -> tuple[str, ...]:
+        """The words that speak most for a card."""
+        said: dict[str, float] = {}
+        for word in dict.fromkeys(words):
+            places = [self.features[name] for name in _own_features(word, stem(word)) if name in self.features] if word not in STOPWORDS else []
+            said[word] = float((self.idf[places] * self.weights[places, column]).sum())
+        return tuple(word for word in sorted(said, key=lambda word: -said[word])[:MATCHED_WORDS] if said[word] > 0)
 
 
 def _vector(names: Iterable[str], features: Mapping[str, int], idf: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -152,34 +157,26 @@ def _documents(cards: Mapping[str, Card]) -> list[tuple[str, str, float]]:
     for card_id, card in cards.items():
         found += [(card_id, name, NAME_WEIGHT) for name in (card.name, *card.also_called)]
         found += [(card_id, sign, SIGN_WEIGHT) for sign in card.signs]
-        found += [(card_id, text, ADVICE_WEIGHT) for text in (*card.dangers, *(action.text for action in card.critical_actions))]
+        found.append((card_id, " ".join((*card.dangers, *(action.text for action in card.critical_actions))), ADVICE_WEIGHT))
         found += [(card_id, cue, 1.0) for cue in cues.get(card_id, ())]
     return found
 
 
 def _fit(cards: Mapping[str, Card]) -> _Index:
     documents = _documents(cards)
-    texts = [normalise(text).split() for _, text, _ in documents]
-    named = [_word_features(words) for words in texts]
+    named = [_features(normalise(text).split()) for _, text, _ in documents]
     frequency = Counter(name for names in named for name in set(names))
     features = {name: place for place, name in enumerate(sorted(frequency))}
-    idf = np.asarray([math.log(1 + len(documents) / frequency[name]) * _KIND[name[0]] for name in features], np.float32)
+    idf = np.asarray([math.log(1 + len(documents) / frequency[name]) * KIND[name[0]] for name in features], np.float32)
     rows = [_vector(names, features, idf) for names in named]
     card_ids = tuple(card_id for card_id in cards if card_id != SAFE_MINIMUM)
     column = {card_id: place for place, card_id in enumerate((*card_ids, SAFE_MINIMUM))}
-    owner = np.asarray([column[card_id] for card_id, _, _ in documents])
-    weight = np.asarray([weight for _, _, weight in documents], np.float32)
-    gram = _gram(rows, [frequency[name] for name in features])
-    targets = np.zeros((len(documents), len(column)), np.float32)
+    owner = np.asarray([column[card_id] for card_id, _, _ in documents], np.int64)
+    targets = np.zeros((len(documents), len(card_ids) + 2), np.float32)
     targets[np.arange(len(documents)), owner] = 1
-    dual = _solve(gram, targets, weight)
-    # Whether any card applies is a question of its own: both sides weigh the same, however many cues each has.
-    none = owner == len(card_ids)
-    balance = np.where(none, 0.5 / max(1, none.sum()), 0.5 / max(1, (~none).sum())) * len(documents) * np.minimum(weight, 1)
-    applies = _solve(gram, np.where(none, -1, 1).astype(np.float32)[:, None], balance.astype(np.float32))
-    weights = _unfold(rows, np.concatenate([dual, applies], 1), len(features))
-    known = Counter(word for words in texts for word in words)
-    return _Index(card_ids, features, idf, weights[:, :-1], weights[:, -1], dict(known), _slips(known))
+    targets[:, -1] = np.where(owner == len(card_ids), -1, 1)
+    dual = _solve(_gram(rows, [frequency[name] for name in features]), targets, np.asarray([weight for *_, weight in documents], np.float32))
+    return _Index(card_ids, features, idf, _unfold(rows, dual, len(features)))
 
 
 def _gram(rows: list[tuple[np.ndarray, np.ndarray]], frequency: list[int]) -> np.ndarray:
@@ -211,9 +208,17 @@ def _gram(rows: list[tuple[np.ndarray, np.ndarray]], frequency: list[int]) -> np
 def _solve(gram: np.ndarray, targets: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Dual weights of weighted ridge regression, float32 (documents, columns)."""
     root = np.sqrt(weight)[:, None]
-    matrix = gram * root * root.T
-    matrix[np.diag_indices(len(matrix))] += RIDGE
-    return root * np.linalg.solve(matrix, targets * root)
+    gram *= root
+    gram *= root.T
+    gram[np.diag_indices(len(gram))] += RIDGE
+    lower = np.linalg.cholesky(gram)
+    solved = targets * root
+    blocks = [slice(start, start + 512) for start in range(0, len(lower), 512)]
+    for block in blocks:
+        solved[block] = np.linalg.solve(lower[block, block], solved[block] - lower[block, :block.start] @ solved[:block.start])
+    for block in reversed(blocks):
+        solved[block] = np.linalg.solve(lower[block, block].T, solved[block] - lower[block.stop:, block].T @ solved[block.stop:])
+    return root * solved
 
 
 def _unfold(rows: list[tuple[np.ndarray, np.ndarray]], dual: np.ndarray, features: int) -> np.ndarray:
@@ -222,20 +227,6 @@ def _unfold(rows: list[tuple[np.ndarray, np.ndarray]], dual: np.ndarray, feature
     for (places, values), own in zip(rows, dual):
         weights[places] += values[:, None] * own
     return weights
-
-
-def _slips(known: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
-    """Known words by each of their forms that lacks one letter: what two words one slip apart have in common."""
-    found: dict[str, list[str]] = {}
-    for word in known:
-        if len(word) >= 4 and word.isalpha():
-            for form in _shortened(word):
-                found.setdefault(form, []).append(word)
-    return {form: tuple(words) for form, words in found.items()}
-
-
-def _shortened(word: str) -> set[str]:
-    return {word, *(word[:place] + word[place + 1:] for place in range(len(word)))}
 
 
 @functools.lru_cache(maxsize=4)
@@ -266,8 +257,7 @@ def _save_index(path: Path, index: _Index) -> None:
     try:
         with staged_file(path) as temporary:
             with temporary.open("wb") as stream:
-                np.savez(stream, card_ids=list(index.card_ids), features=list(index.features), idf=index.idf, weights=index.weights,
-                         applies=index.applies, words=list(index.words), counts=list(index.words.values()))
+                np.savez(stream, card_ids=list(index.card_ids), features=list(index.features), idf=index.idf, weights=index.weights)
         for other in path.parent.glob("retrieval-*.npz"):
             if other != path:
                 other.unlink(missing_ok=True)
@@ -278,10 +268,9 @@ def _save_index(path: Path, index: _Index) -> None:
 def _read_index(path: Path) -> _Index | None:
     try:
         with np.load(path) as stored:
-            words = dict(zip(stored["words"].tolist(), stored["counts"].tolist()))
             features = {name: place for place, name in enumerate(stored["features"].tolist())}
-            return _Index(tuple(stored["card_ids"].tolist()), features, stored["idf"], stored["weights"], stored["applies"], words, _slips(words))
-    except (OSError, ValueError, KeyError, EOFError):
+            return _Index(tuple(stored["card_ids"].tolist()), features, stored["idf"], stored["weights"])
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
 
 
@@ -290,27 +279,36 @@ class Retriever:
 
     def __init__(self, cards: Mapping[str, Card], top_k: int = 2):
         self.top_k = top_k
+        self._categories = {card_id: card.category for card_id, card in cards.items()}
         self._index = _load_index(cards)
 
     def find(self, scenario: str) -> Found:
-        """The cards that fit a scenario."""
-        words = self._mend(normalise(scenario).split())
-        places, values = self._index.vector(words)
-        if not len(places):
+        """The cards that fit a scenario, at most `top_k`, and every card by score."""
+        words = normalise(scenario).split()
+        scores = self._score(words)
+        order = np.argsort(-scores[:-2], kind="stable")
+        if not len(order) or not scores.any():
             return Found()
-        scores, applies = self._score(words)
-        ranked = self._rank(words, scores)
-        if applies + 2 * ranked[0].score < APPLIES:
-            return Found((), 0, False, ranked)
-        return Found(tuple(hit.card_id for hit in ranked[:self.top_k]), 1, False, ranked)
+        ids = self._index.card_ids
+        ranked = tuple(Hit(ids[place], float(scores[place]), self._index.speaking(words, place) if rank < self.top_k else ()) for rank, place in enumerate(order))
+        applies = float(scores[-1]) + ranked[0].score
+        if applies < APPLIES:
+            return Found((), 0, applies > APPLIES - UNSURE_APPLIES, ranked)
+        second = ranked[1] if len(ranked) > 1 else None
+        # Two emergencies at once: a second card from another field that is nearly as well supported.
+        both = second is not None and second.score > max(SECOND_SCORE, SECOND_SHARE * ranked[0].score) and self._differ(ranked[0], second)
+        near = second is not None and ranked[0].score - second.score < UNSURE_MARGIN
+        shown = self.top_k if near or both else 1
+        fits = 2 if both and self.top_k > 1 else 1
+        return Found(tuple(hit.card_id for hit in ranked[:shown]), fits, (near and not both) or applies < APPLIES + UNSURE_APPLIES, ranked)
 
-    def _score(self, words: list[str]) -> tuple[np.ndarray, float]:
-        places, values = self._index.vector(words)
-        return values @ self._index.weights[places], float(values @ self._index.applies[places])
+    def _score(self, words: list[str]) -> np.ndarray:
+        whole = self._index.score(words)
+        if len(words) <= WINDOW_WORDS:
+            return whole
+        starts = range(0, len(words) - WINDOW_WORDS // 2, WINDOW_WORDS // 2)
+        windows = np.max([self._index.score(words[start:start + WINDOW_WORDS]) for start in starts], axis=0)
+        return (1 - WINDOW_SHARE) * whole + WINDOW_SHARE * windows
 
-    def _rank(self, words: list[str], scores: np.ndarray) -> tuple[Hit, ...]:
-        order = np.argsort(-scores[:-1], kind="stable")
-        return tuple(Hit(self._index.card_ids[place], float(scores[place]), ()) for place in order)
-
-    def _mend(self, words: list[str]) -> list[str]:
-        return words
+    def _differ(self, first: Hit, second: Hit) -> bool:
+        return self._categories[first.card_id] != self._categories[second.card_id]
