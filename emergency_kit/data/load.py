@@ -39,7 +39,7 @@ class Split:
     """Records of one split, read from the source at each iteration.
 
     held_out: `validation` or `train` where both are made from the training rows. said: lines that were
-    printed about its forms. columns: of the first rows. rejected: counts by reason of the last reading.
+    printed about it. forms: what its rows were read as. columns: of the first rows. rejected: counts by reason of the last reading.
     """
 
     name: str
@@ -123,15 +123,18 @@ class Split:
         if form is None:
             raise Rejected("columns of no known form", ", ".join(names))
         if not quiet and form.name not in self.forms:
-            self._say(form, row)
+            self._say_form(form, row)
         return form.build(row.value, row.place)
 
-    def _say(self, form: Form, row: Row) -> None:
+    def _say(self, line: str) -> None:
+        self.said.append(line)
+        print(line, flush=True)
+
+    def _say_form(self, form: Form, row: Row) -> None:
         unread = [name for name in self.columns if name not in form.columns] if not self.forms else []
         what = f"from {row.place} on also" if self.forms else f"{self.source.describe(self.source_split)}"
         self.forms.append(form.name)
-        self.said.append(f"{self.name}: {what} read as {form}" + (f"; columns not read: {', '.join(unread)}" if unread else ""))
-        print(self.said[-1], flush=True)
+        self._say(f"{self.name}: {what} read as {form}" + (f"; columns not read: {', '.join(unread)}" if unread else ""))
 
     def _no_records(self) -> DataError:
         why = f"; all {self.rejected.total()} rows were rejected ({describe_rejected(self.rejected)})" if self.rejected else ""
@@ -154,6 +157,7 @@ class Split:
                 raise DataError(f"dataset {self.source.name}: {len(groups)} records that say the same cannot be split into training and validation; "
                                 "add records, or a validation split")
         if self.limit is not None and self.limit < kept.sum():
+            self._say(f"{self.name}: {self.limit} of {kept.sum()} records drawn{', the categories in turn' if len(np.unique(categories)) > 1 else ''} (seed {self.seed})")
             kept = _sample(kept, categories, self.limit, chance)
         self._kept = kept
         return kept

@@ -18,8 +18,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 
 def resolve(source: object, *settings: str, profile: str = "embedded") -> Resolved:
-    """The config with a local dataset and no cards in its prompts, unless a setting asks for them."""
-    return load_config(profile, settings=["model.device=cpu", f"dataset.name={source}", *([] if any("grounding" in item for item in settings) else ["dataset.grounding=none"]), *settings])
+    """The config with a local dataset, all of its rows and no cards in its prompts, unless a setting says otherwise."""
+    defaults = ("model.device=cpu", "dataset.grounding=none", "dataset.max_samples=null", "dataset.max_eval_samples=null")
+    return load_config(profile, settings=[*defaults, f"dataset.name={source}", *settings])
 
 
 def write(path: Path, *rows: object) -> Path:

@@ -145,7 +145,7 @@ def test_splits_made_from_one_file_never_share_a_near_duplicate(tmp_path_factory
     assert Counter(train + validation) == Counter(row["id"] for row in rows)
 
 
-def test_max_samples_are_drawn_after_shuffling_and_balanced_by_category(tmp_path: Path) -> None:
+def test_max_samples_are_drawn_after_shuffling_and_balanced_by_category(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "train.jsonl", *numbered(80, category="fire"), *({**row, "id": f"g{row['id']}"} for row in numbered(15, category="gas")), *numbered(5, category="flood"))
     write(tmp_path / "validation.jsonl", *numbered(30))
     def draw(*more: str) -> list[Any]:
@@ -154,6 +154,7 @@ def test_max_samples_are_drawn_after_shuffling_and_balanced_by_category(tmp_path
     thirty = draw("dataset.max_samples=30")
     assert Counter(r.category for r in thirty) == {"fire": 13, "gas": 12, "flood": 5} or Counter(r.category for r in thirty) == {"fire": 12, "gas": 13, "flood": 5}
     assert [r.id for r in thirty if r.category == "fire"] != [str(n) for n in range(12)]  # not simply the first
+    assert "train: 30 of 100 records drawn, the categories in turn (seed 42)" in capsys.readouterr().out
     assert draw("dataset.max_samples=30") == thirty != draw("dataset.max_samples=30", "training.seed=1")
     assert len(draw("dataset.max_samples=1000")) == 100 == len(draw())
     assert len(load_split(resolve(tmp_path, f"training.output_dir={tmp_path / 'out'}", "dataset.max_eval_samples=7"), "validation")) == 7
