@@ -38,7 +38,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 # What these files and packages do decides which tokens a record becomes.
 _CODE = ("data/cache.py", "data/columns.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/load.py", "data/sources.py", "data/tokenize.py",
          "knowledge/cards.py", "knowledge/emergency_numbers.py", "knowledge/emergency_numbers.yaml", "knowledge/retrieve.py")
-_LIBRARIES = ("bm25s", "numpy", "rensa", "tokenizers", "transformers")
+_LIBRARIES = ("numpy", "rensa", "tokenizers", "transformers")
 
 
 @functools.cache

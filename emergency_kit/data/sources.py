@@ -34,17 +34,16 @@ class Files:
         root, paths = _find(name)
         wanted = (dataset.train_split, dataset.validation_split, dataset.test_split)
         named = {path: _split_of(path.relative_to(root), wanted) for path in paths}
-        self._files: dict[str, list[Path]] = {}
-        for path in paths:
-            # With splits named beside it, a file of no split (notes, a rejected list) is not data.
-            split = named[path] or (dataset.train_split if not any(named.values()) else None)
-            if split:
-                self._files.setdefault(split, []).append(path)
-        self.ignored = [path for path in paths if not named[path] and any(named.values())]
+        if not any(named.values()):
+            named = dict.fromkeys(paths, dataset.train_split)
+        files = {split: [path for path in paths if named[path] == split] for split in wanted}
+        self._files = {split: found for split, found in files.items() if found}
+        # With splits named beside it, a file of no split (notes, a rejected list) is not data.
+        self.ignored = [path for path in paths if not named[path]]
         self.groups: Measured = {}
 
     def splits(self) -> list[str]:
-        """Names of the splits that have files."""
+        """Names of the splits that have files: train, validation, test."""
         return list(self._files)
 
     def files(self, split: str) -> list[Path]:

@@ -18,7 +18,7 @@ from typing import Any, Iterator, Sequence
 import numpy as np
 
 from emergency_kit.artifacts import save_text
-from emergency_kit.config import Resolved
+from emergency_kit.config import DatasetConfig, Resolved
 from emergency_kit.data import duplicates
 from emergency_kit.data.build import ensure_built
 from emergency_kit.data.columns import Rejected
@@ -164,7 +164,7 @@ def choose_dataset(resolved: Resolved, name: str | None) -> Resolved:
     """The config with another dataset in it; columns and the like that a file sets for the configured one do not carry over."""
     if name is None or name == resolved.config.dataset.name:
         return resolved
-    own = {key: resolved.config.dataset.model_fields[key].get_default(call_default_factory=True) for key in ("columns", "revision", "config_name")
+    own = {key: getattr(DatasetConfig(), key) for key in ("columns", "revision", "config_name")
            if not resolved.origins.get(f"dataset.{key}", "").startswith("--set")}
     dataset = resolved.config.dataset.model_copy(update={"name": name, **own})
     return type(resolved)(resolved.config.model_copy(update={"dataset": dataset}), resolved.profile, resolved.profile_reason, resolved.origins)

@@ -34,7 +34,7 @@ KIND = {"w": 1.0, "p": 0.8, "c": 0.5}  # words, pairs of neighbours, pieces of w
 PIECE_LETTERS = (3, 4, 5)
 # A long report is also read in overlapping windows, so that what does not matter cannot drown what does.
 WINDOW_WORDS, WINDOW_SHARE = 24, 0.5
-APPLIES = 0.95
+APPLIES = 0.93
 UNSURE_MARGIN, UNSURE_APPLIES = 0.1, 0.2
 SECOND_SCORE = 0.36
 MATCHED_WORDS = 6

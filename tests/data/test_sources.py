@@ -71,6 +71,7 @@ def test_splits_are_told_by_file_and_folder_names(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     files = open_files(tmp_path)
     names = {split: [path.name for path in files.files(split)] for split in files.splits()}
+    assert list(names) == ["train", "validation", "test"]
     assert names == {"validation": ["dev.csv.gz"], "train": ["train-00000-of-2.jsonl", "train-00001-of-2.jsonl"], "test": ["part.jsonl"]}
     assert [path.name for path in files.ignored] == ["notes.json"]
 
