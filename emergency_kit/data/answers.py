@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Mapping, Sequence
 
 from emergency_kit.data.format import Answer, Record, read_answer
-from emergency_kit.data.situations import Situation
+from emergency_kit.knowledge.situations import Situation
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, normalise
 from emergency_kit.knowledge.emergency_numbers import Country, find_country, localise
 from emergency_kit.knowledge.rules import broken_rules, foreign_numbers, gives_action

@@ -1,6 +1,6 @@
 """Builder of the embedded dataset: knowledge cards and hand-written situations become records.
 
-In: `knowledge/cards/*.yaml` (what is true), `data/scenarios/*.yaml` (what people report). Out: three JSONL
+In: `knowledge/cards/*.yaml` (what is true), `knowledge/situations/*.yaml` (what people report). Out: three JSONL
 files, a dataset card (README.md) and a manifest. The answer to copy from is always in the prompt; the
 builder adds the hard cases in stated shares. Same seed and size, same bytes, on any machine.
 Run: `emergency-kit data build --seed 7 --size 3600`.
@@ -18,22 +18,23 @@ from emergency_kit.artifacts import hash_json, load_manifest, save_manifest, sta
 from emergency_kit.config import Resolved
 from emergency_kit.data.answers import Telling, build_answer, check_record
 from emergency_kit.data.format import Record, render_answer
-from emergency_kit.data.situations import SPLITS, Situation, load_situations
+from emergency_kit.knowledge.situations import SPLITS, Situation, load_situations
 from emergency_kit.data.variation import hurry, join, load_additions, shingles, shout
 from emergency_kit.errors import DataError, UsageError
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import find_country, load_numbers
-from emergency_kit.knowledge.retrieve import Retriever, cue_digest
 
 BUILDER_VERSION = 3
 # Shares of the training records of one hazard that show a changed set of cards; the rest shows the right card alone.
 SHARES = {"extra card": 0.40, "wrong card only": 0.04, "no card": 0.04}
 # Share of the records with an extra card in which the right card stands second, as when retrieval errs.
 SECOND_PLACE = 0.10
+# Share of the cards that do not fit which come from the right card's own category, as retrieval's mistakes do.
+SAME_CATEGORY = 0.6
 # Share of the records whose cards show a country's emergency number instead of "your local emergency number".
 COUNTRY = 0.30
 # Shares of the varied records (all beyond the hand-written tellings) that get each kind of variation.
-WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED = 0.25, 0.85, 0.25, 0.25, 0.02
+WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED = 0.10, 0.85, 0.25, 0.25, 0.02
 # Word triples that a varied telling may share with any other of its situation, of all that either has.
 MOST_ALIKE = 0.65
 TRIES, ROUNDS = 12, 20
@@ -43,17 +44,16 @@ def dataset_digest(seed: int, size: int) -> str:
     """sha256 of everything that shapes the embedded dataset."""
     situations = [vars(situation) for situation in load_situations()]
     additions = {use: [vars(item) for item in items] for use, items in load_additions().items()}
-    shares = [SHARES, SECOND_PLACE, COUNTRY, WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED]
-    return hash_json([BUILDER_VERSION, seed, size, shares, card_digest(load_cards()), cue_digest(), sorted(load_numbers()), situations, additions])
+    shares = [SHARES, SECOND_PLACE, SAME_CATEGORY, COUNTRY, WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED]
+    return hash_json([BUILDER_VERSION, seed, size, shares, card_digest(load_cards()), {code: country.model_dump() for code, country in load_numbers().items()}, situations, additions])
 
 
 def build_records(seed: int, size: int, top_k: int = 2) -> dict[str, list[Record]]:
-    """Records of the three splits, `size` in all. Validation and test show the cards that retrieval finds, as in use.
+    """Records of the three splits, `size` in all. Test records name no cards: they get what retrieval finds when they are loaded, as in use.
 
     Raises DataError where a situation names no card, or the material cannot give `size` distinct records.
     """
     cards = load_cards()
-    retriever = Retriever(cards, top_k)
     chance = random.Random(seed)
     situations = load_situations()
     unknown = sorted({hazard for situation in situations for hazard in situation.hazards if hazard not in cards})
@@ -61,13 +61,9 @@ def build_records(seed: int, size: int, top_k: int = 2) -> dict[str, list[Record
         raise DataError(f"scenarios: hazard {unknown[0]!r} has no knowledge card")
     countries = sorted(load_numbers())
     records: dict[str, list[Record]] = {split: [] for split in SPLITS}
-    for place, (situation, telling, letter) in enumerate(_tellings(situations, size, chance)):
+    for situation, telling, letter in _tellings(situations, size, chance):
         country = chance.choice(countries) if chance.random() < COUNTRY else ""
-        found = retriever.find(telling.text)
-        if situation.split == "train":
-            shown, fits = _train_cards(situation, [hit.card_id for hit in found.ranked[:4]], cards, chance, top_k)
-        else:
-            shown, fits = found.ids, found.fits
+        shown, fits = (None, 1) if situation.split == "test" else _shown_cards(situation, cards, chance, top_k)
         records[situation.split].append(_record(situation, telling, f"{situation.name}{letter}", shown, fits, country, cards))
     for split in SPLITS:
         chance.shuffle(records[split])
@@ -140,12 +136,12 @@ def _own_share(situation: Situation) -> tuple[str, ...]:
     return situation.misleading[:-1] if situation.split == "train" else situation.misleading[-1:]
 
 
-def _train_cards(situation: Situation, found: list[str], cards: Mapping[str, Card], chance: random.Random, top_k: int) -> tuple[list[str], int]:
-    """`(cards shown, how many of them fit)` for a training record, by the stated shares."""
+def _shown_cards(situation: Situation, cards: Mapping[str, Card], chance: random.Random, top_k: int) -> tuple[list[str], int]:
+    """`(cards shown, how many of them fit)`, by the stated shares; a card that does not fit is mostly of the same category."""
     right = list(situation.hazards)
-    others = [card_id for card_id in found if card_id not in right]
-    near = [card.id for card in cards.values() if card.id not in (*right, SAFE_MINIMUM, *others)]
-    others += chance.sample(near, 2)
+    others = [card.id for card in cards.values() if card.id not in (*right, SAFE_MINIMUM)]
+    near = [card_id for card_id in others if cards[card_id].category == cards[right[0]].category]
+    others = chance.sample(near if len(near) > 1 and chance.random() < SAME_CATEGORY else others, 2)
     draw = chance.random()
     if right == [SAFE_MINIMUM]:
         return (others[:1], 1) if draw < 0.3 else ([], 0)
@@ -162,14 +158,13 @@ def _train_cards(situation: Situation, found: list[str], cards: Mapping[str, Car
     return right, 1
 
 
-def _record(situation: Situation, telling: Telling, name: str, shown: Sequence[str], fits: int, country: str, cards: Mapping[str, Card]) -> Record:
-    followed = [hazard for hazard in situation.hazards if hazard in shown] or [SAFE_MINIMUM]
+def _record(situation: Situation, telling: Telling, name: str, shown: Sequence[str] | None, fits: int, country: str, cards: Mapping[str, Card]) -> Record:
     # A training answer can only be held to what its prompt shows; a test answer to what is right.
-    targets = tuple(followed) if situation.split == "train" else situation.hazards
+    followed = list(situation.hazards) if shown is None else [hazard for hazard in situation.hazards if hazard in shown] or [SAFE_MINIMUM]
     answer = build_answer(situation, telling, [cards[card_id] for card_id in followed], find_country(country))
     record = Record(
         id=name, category=cards[situation.hazards[0]].category, role=telling.role, input=telling.text, output=render_answer(answer),
-        hazards=targets, cards=tuple(shown), fits=fits, lacks=telling.lacks, country=country,
+        hazards=tuple(followed), cards=None if shown is None else tuple(shown), fits=fits, lacks=telling.lacks, country=country,
         sources=tuple(dict.fromkeys(f"{source.body}, {source.title}, {source.year}" for card_id in followed for source in cards[card_id].sources)))
     problems = check_record(record, cards, followed)
     if problems:

@@ -37,15 +37,17 @@ def hard_cases(records: Sequence[Record]) -> dict[str, int]:
     """How many records hold each hard case; a record can hold several."""
     counts: Counter[str] = Counter()
     for record in records:
-        shown, right = set(record.cards or ()), [hazard for hazard in record.hazards if hazard != SAFE_MINIMUM]
+        counts["an action is impossible"] += ", step " in record.output and " changes." in record.output
+        counts["somebody contradicts the card"] += "Do not follow the advice" in record.output
+        counts["a country's own emergency number"] += bool(record.country)
+        counts["two cards that both apply"] += len(record.hazards) > 1
+        if record.cards is None:
+            continue
+        shown, right = set(record.cards), [hazard for hazard in record.hazards if hazard != SAFE_MINIMUM]
         counts["the right card alone"] += len(right) == 1 and shown == set(right)
         counts["the right card among others"] += bool(right) and set(right) < shown
-        counts["two cards that both apply"] += len(right) > 1
         counts["a wrong card only: the answer must not follow it"] += bool(shown) and not shown & set(right)
         counts["no card: the safe minimum"] += not shown
-        counts["somebody contradicts the card"] += "Do not follow the advice" in record.output
-        counts["an action is impossible"] += ", step " in record.output and " changes." in record.output
-        counts["a country's own emergency number"] += bool(record.country)
     return dict(counts)
 
 
@@ -82,8 +84,8 @@ def describe(records: Mapping[str, Sequence[Record]], seed: int) -> str:
         "Every answer was held to the cards that it follows when it was built: all critical actions, no never-rule broken, no number of its own.", "",
         "## Hard cases", "", "| case | " + " | ".join(records) + " |", "|---|" + "---|" * len(records)]
     cases = {split: hard_cases(items) for split, items in records.items()}
-    lines += [f"| {case} | " + " | ".join(f"{cases[split][case] / max(1, len(records[split])):.1%}" for split in records) + " |" for case in cases["train"]]
-    lines += ["", "Validation and test show the cards that retrieval finds, right or wrong, as in use.", "",
+    lines += [f"| {case} | " + " | ".join(f"{cases[split][case] / max(1, len(records[split])):.1%}" if case in cases[split] else "-" for split in records) + " |" for case in cases["train"]]
+    lines += ["", "Test records name no cards: when they are loaded they get what retrieval finds, right or wrong, as in use.", "",
               "## What only the test split has", "",
               f"- Hazards ({len(tested - trained)} of {len(tested | trained)}, {len(tested - trained) / len(tested | trained):.0%}): {', '.join(sorted(tested - trained))}.",
               f"- Roles: {', '.join(sorted(roles['test'] - roles['train'] - roles['validation']))}.",

@@ -9,6 +9,7 @@ put no space between words only texts that are the same are found.
 from __future__ import annotations
 
 import re
+from array import array
 from typing import Iterable, Iterator
 
 import numpy as np
@@ -39,8 +40,10 @@ def question_of(record: Record) -> str:
 
 def build_signatures(texts: Iterable[str], batch: int = 1024) -> np.ndarray:
     """MinHash signatures, uint32, shape (texts, SIGNATURE)."""
-    parts = [np.asarray(RMinHash.digests_from_token_sets(chunk, SIGNATURE, _SEED), np.uint32) for chunk in _chunks(texts, batch)]
-    return np.concatenate(parts) if parts else np.zeros((0, SIGNATURE), np.uint32)
+    values = array("I")  # grows in place, where joining parts would hold all of them twice
+    for chunk in _chunks(texts, batch):
+        values.frombytes(np.asarray(RMinHash.digests_from_token_sets(chunk, SIGNATURE, _SEED), np.uint32).tobytes())
+    return np.frombuffer(values, np.uint32).reshape(-1, SIGNATURE)
 
 
 def _chunks(texts: Iterable[str], size: int) -> Iterator[list[list[str]]]:
@@ -61,7 +64,8 @@ def group(signatures: np.ndarray, similar: float = SIMILAR) -> np.ndarray:
     Candidates that a chain has joined already are not compared again, so a crowd of alike texts costs little.
     """
     first, place = np.unique(group_equals(signatures), return_inverse=True)
-    distinct, parent = signatures[first], np.arange(len(first))
+    distinct = signatures if len(first) == len(signatures) else signatures[first]
+    parent = np.arange(len(first))
     for one, other in _candidates(distinct):
         apart = parent[one] != parent[other]
         pairs = _alike(distinct, one[apart], other[apart], similar)
@@ -89,16 +93,13 @@ def similar_pairs(signatures: np.ndarray, similar: float = SIMILAR) -> np.ndarra
 
 def group_equals(signatures: np.ndarray) -> np.ndarray:
     """Index of the first text with the same signature, int64 (texts,): the same words in the same order, all but surely."""
-    if not len(signatures):
-        return np.zeros(0, np.int64)
-    rows = np.ascontiguousarray(signatures).view(np.dtype((np.void, signatures.shape[1] * 4))).ravel()
-    _, first, place = np.unique(rows, return_index=True, return_inverse=True)
+    _, first, place = np.unique(_key(signatures, 0, SIGNATURE), return_index=True, return_inverse=True)
     return first[place]
 
 
 def _candidates(signatures: np.ndarray, chunk: int = 1 << 17) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Texts that share a band (locality-sensitive hashing) and are at most _REACH apart within it."""
-    keys = [_band_key(signatures, start) for start in range(0, SIGNATURE - BAND + 1, BAND)]
+    keys = [_key(signatures, start, start + BAND) for start in range(0, SIGNATURE - BAND + 1, BAND)]
     for key, following in zip(keys, [*keys[1:], *keys[:1]]):
         # Within a band alike texts sort next to each other by the band that follows.
         order = np.lexsort((following, key))
@@ -112,10 +113,10 @@ def _candidates(signatures: np.ndarray, chunk: int = 1 << 17) -> Iterator[tuple[
                 yield order[places], order[places + distance]
 
 
-def _band_key(signatures: np.ndarray, start: int) -> np.ndarray:
-    """One uint64 for a band; a collision makes one candidate more, which is then compared in full."""
+def _key(signatures: np.ndarray, start: int, end: int) -> np.ndarray:
+    """One uint64 for some values of each signature, the same for the same values and all but surely for no others."""
     key = np.zeros(len(signatures), np.uint64)
-    for column in range(start, start + BAND):
+    for column in range(start, end):
         key = (key ^ signatures[:, column]) * np.uint64(0x9E3779B97F4A7C15)
         key ^= key >> np.uint64(29)
     return key

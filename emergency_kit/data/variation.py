@@ -1,6 +1,6 @@
 """Variation: how the same situation is told by other people, in other places, under other circumstances.
 
-In: hand-written sentences (`scenarios/additions.yaml`), each for one split, and the builder's chance.
+In: hand-written sentences (`additions.yaml`), each for one split, and the builder's chance.
 Out: a telling with sentences added, or written as a hurried hand writes it. Whatever is added comes with
 the fact that it states, so that an answer's FACTS stay true. Numbers and negations are never touched.
 """
@@ -18,7 +18,7 @@ import yaml
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import normalise
 
-ADDITIONS = Path(__file__).parent / "scenarios" / "additions.yaml"
+ADDITIONS = Path(__file__).parent / "additions.yaml"
 _KEPT = re.compile(r"\d|^(?:no|not|never|none|cannot|can't|cant|don't|dont|didn't|isn't|won't|without)$", re.IGNORECASE)
 
 

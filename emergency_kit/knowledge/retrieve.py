@@ -1,6 +1,6 @@
 """Find the knowledge cards that fit a scenario, offline, by a linear model over words and pieces of words.
 
-In: cards, the cues that strangers use for them (`cues/*.yaml`) and a scenario in plain words. Out: ranked
+In: cards, how strangers tell them (`cues/*.yaml`, the training `situations/*.yaml`), and a scenario. Out: ranked
 cards, which of them fit, and whether it is unsure. The model is ridge regression (Hoerl and Kennard 1970)
 from TF-IDF features to cards, one column a card and one for "no card"; it is fitted once for a set of cards
 and cues and kept under `models/`, so a new or corrected card counts at once. Milliseconds a query.
@@ -24,6 +24,7 @@ from emergency_kit.artifacts import hash_file, hash_json, staged_file
 from emergency_kit.config import REPOSITORY
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, normalise
+from emergency_kit.knowledge.situations import load_situations
 
 CUE_FOLDER = Path(__file__).parent / "cues"
 INDEX_FOLDER = REPOSITORY / "models"
@@ -34,7 +35,7 @@ KIND = {"w": 1.0, "p": 0.8, "c": 0.5}  # words, pairs of neighbours, pieces of w
 PIECE_LETTERS = (3, 4, 5)
 # A long report is also read in overlapping windows, so that what does not matter cannot drown what does.
 WINDOW_WORDS, WINDOW_SHARE = 24, 0.5
-APPLIES = 0.93
+APPLIES = 0.85
 UNSURE_MARGIN, UNSURE_APPLIES = 0.1, 0.2
 SECOND_SCORE = 0.36
 MATCHED_WORDS = 6
@@ -91,10 +92,16 @@ def load_cues(folder: Path = CUE_FOLDER) -> dict[str, tuple[str, ...]]:
     return cues
 
 
+def _tellings() -> list[tuple[str, str]]:
+    """`(card id, text)` of the hand-written training situations; those of the other splits measure the whole system."""
+    return [(situation.hazards[0], text) for situation in load_situations() if situation.split == "train" and len(situation.hazards) == 1
+            for _, text in situation.tellings]
+
+
 @functools.cache
 def cue_digest() -> str:
-    """sha256 of all cues."""
-    return hash_json(load_cues())
+    """sha256 of all that retrieval learns from beside the cards."""
+    return hash_json([load_cues(), _tellings()])
 
 
 def stem(word: str) -> str:
@@ -156,7 +163,7 @@ def _vector(names: Iterable[str], features: Mapping[str, int], idf: np.ndarray) 
 def _documents(cards: Mapping[str, Card]) -> list[tuple[str, str, float]]:
     """`(card id, text, weight)` of everything that is known about how a card is told."""
     cues = load_cues()
-    found = []
+    found = [(card_id, text, 1.0) for card_id, text in _tellings() if card_id in cards]
     for card_id, card in cards.items():
         found += [(card_id, name, NAME_WEIGHT) for name in (card.name, *card.also_called)]
         found += [(card_id, sign, SIGN_WEIGHT) for sign in card.signs]

@@ -59,7 +59,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
 
 
 def _load_rows(resolved: Resolved, splits: dict[str, Split]) -> dict[str, TokenRows]:
-    from emergency_kit.data.tokenize import load_rows
+    from emergency_kit.data.cache import load_rows
     from emergency_kit.model.backend import load_tokenizer
 
     tokenizer = load_tokenizer(resolved.config.model)

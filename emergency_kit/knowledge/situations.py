@@ -1,7 +1,8 @@
 """Situations: what people report, written by hand; each belongs to one split, so no telling of it crosses.
 
-In: `scenarios/<category>.yaml`: under each hazard (or `first+second` for two at once) the wrong advice that
+In: `situations/<category>.yaml`: under each hazard (or `first+second` for two at once) the wrong advice that
 people give there, and situations. Out: frozen `Situation`s in file order, every problem a `DataError`.
+The dataset is built from all of them; retrieval learns from those of the training split.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import yaml
 
 from emergency_kit.errors import DataError
 
-SCENARIOS = Path(__file__).parent / "scenarios"
+SITUATION_FOLDER = Path(__file__).parent / "situations"
 SPLITS = ("train", "validation", "test")
 
 
@@ -48,12 +49,10 @@ class Situation:
 
 
 @lru_cache(maxsize=4)
-def load_situations(folder: Path = SCENARIOS) -> tuple[Situation, ...]:
+def load_situations(folder: Path = SITUATION_FOLDER) -> tuple[Situation, ...]:
     """All situations, in file and position order; raises DataError naming file, hazard and number."""
     situations = []
     for path in sorted(folder.glob("*.yaml")):
-        if path.stem == "additions":
-            continue
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
