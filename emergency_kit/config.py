@@ -247,7 +247,7 @@ def reference() -> str:
             default = option.get_default(call_default_factory=True)
             text = str(option.annotation).replace("typing.", "")
             shown = option.annotation.__name__ if isinstance(option.annotation, type) and "[" not in text else text
-            lines.append(f"| `{name}` | {shown.replace('|', chr(92) + '|')} | `{default}` | {(option.description or '').strip()} |")
+            lines.append(f"| `{name}` | {shown.replace('|', chr(92) + '|')} | `{default}` | {' '.join((option.description or '').split())} |")
         lines.append("")
     return chr(10).join(lines)
 

@@ -179,3 +179,8 @@ def test_additions_are_told_apart_by_split_and_state_what_they_say() -> None:
     assert all({item.split for item in items} == {"train", "validation", "test"} for items in additions.values())
     assert all(item.lacks and item.fact for item in additions["additions"] if item.kind == "lack")
     assert all("{advice}" in item.text and "{advice}" in item.fact for item in additions["speakers"])
+
+
+def test_the_dataset_card_in_the_docs_is_current(records: dict[str, list[Record]]) -> None:
+    assert describe.describe(records, CONFIG.build_seed) == Path("docs/Dataset-Card.md").read_text(encoding="utf-8"), \
+        "run: emergency-kit data build --overwrite, and copy outputs/data/embedded/README.md to docs/Dataset-Card.md"
