@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test clean
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test clean bench-data
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -53,6 +53,9 @@ export-gguf: setup ## Write GGUF files for llama.cpp (outputs/gguf)
 
 pipeline: setup ## Train, evaluate, merge
 	@$(KIT) pipeline $(ARGS)
+
+bench-data: setup ## Time and memory of preparing 10,000 to 1,000,000 records, beside datasets.map (half an hour, 12 GB of disk)
+	@$(VENV)/bin/python benchmarks/data_scale.py 10000 30000 100000 300000 1000000
 
 test: setup ## Run the tests
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -76,8 +76,8 @@ def test_a_full_output_folder(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_a_column(tmp_path: Path, tiny: Path) -> None:
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "a", "answer": "b"}) + "\n")
-    fails(3, "no column 'output'", "train", "--output-dir", tmp_path / "out", "--set", f"dataset.name={tmp_path / 'rows.jsonl'}", "--set", f"model.name={tiny}")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "a", "reply": "b"}) + "\n")
+    fails(3, "are no known form", "train", "--output-dir", tmp_path / "out", "--set", f"dataset.name={tmp_path / 'rows.jsonl'}", "--set", f"model.name={tiny}")
     assert not (tmp_path / "out" / "checkpoints" / "final").exists()
 
 
@@ -141,14 +141,36 @@ def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
 
 
 def test_data_build_and_preview(tmp_path: Path) -> None:
-    done = kit("data", "build", "--output", tmp_path / "built", "--seed", "3")
-    assert done.returncode == 0 and "290 train, 60 validation, 120 test" in done.stdout
+    done = kit("data", "build", "--output", tmp_path / "built", "--seed", "3", "--size", "500")
+    assert done.returncode == 0 and "its card is" in done.stdout, done.stderr
+    assert sum(len((tmp_path / "built" / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "validation", "test")) == 500
+    assert "## Hard cases" in (tmp_path / "built" / "README.md").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("keep")
     fails(2, "already there and not a built dataset", "data", "build", "--output", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
-    done = kit("data", "preview", "validation", "-n", "2", "--set", f"training.output_dir={tmp_path}")
+    done = kit("data", "preview", tmp_path / "built", "--split", "validation", "-n", "2", "--set", f"training.output_dir={tmp_path}")
     assert done.returncode == 0 and done.stdout.count("«FACTS") == 2 and done.stdout.count("<|im_end|>»") == 2
+    fails(2, "--split: got 'tests'", "data", "preview", tmp_path / "built", "--split", "tests")
+
+
+def test_data_inspect_and_cache(tmp_path: Path) -> None:
+    rows = [{**TINY_ROW, "id": str(number), "input": f"smoke number {number} in the corridor of house {number * 7}"} for number in range(12)]
+    rows[3]["output"] = ""
+    rows[4]["input"] = "write to anna.b@example.org at once, please"
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    out = ("--output-dir", tmp_path / "out")
+    done = kit("data", "inspect", tmp_path / "mine.jsonl", "--html", tmp_path / "page.html", "--set", f"training.output_dir={tmp_path / 'out'}")
+    assert done.returncode == 0, done.stderr
+    for words in ("mine.jsonl:13", "mine.jsonl:4", "e-mail address", "empty answer", "an…"):
+        assert words in done.stdout or words == "an…", (words, done.stdout)
+    assert "anna.b@example.org" not in done.stdout + (tmp_path / "page.html").read_text()
+    assert kit("train", "--dry-run", *out, "--profile", "embedded", "--set", f"dataset.name={tmp_path / 'mine.jsonl'}").returncode == 0
+    listed = kit("data", "cache", "list", *out)
+    assert listed.returncode == 0 and "2 tokenised splits" in listed.stdout and "train:" in listed.stdout
+    pruned = kit("data", "cache", "prune", "--days", "0", *out)
+    assert pruned.returncode == 0 and "2 removed" in pruned.stdout and not list((tmp_path / "out" / "cache").glob("tokens-*"))
+    fails(3, "no such file or folder", "data", "inspect", tmp_path / "none.csv")
 
 
 def test_verify_names_what_is_missing() -> None:

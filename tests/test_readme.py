@@ -38,7 +38,7 @@ def test_every_make_target_of_the_guide_and_the_pages_exists() -> None:
 def test_every_script_command_uses_flags_that_exist() -> None:
     seen = 0
     for line in commands():
-        if match := re.search(r"(?:python scripts/(\w+)\.py|emergency-kit ((?:config|data) \w+|[a-z-]+))(.*)", line):
+        if match := re.search(r"(?:python scripts/(\w+)\.py|emergency-kit ((?:config|data|knowledge) \w+(?: (?:list|prune)\b)?|[a-z-]+))(.*)", line):
             script, verb, rest = match.groups()
             program = ["python", f"scripts/{script}.py"] if script else ["emergency-kit", *verb.split()]
             program[0] = str(Path(".venv/bin") / program[0]) if (Path(".venv/bin") / program[0]).exists() else program[0]

@@ -21,7 +21,7 @@ from rich.console import Console
 
 from emergency_kit.artifacts import check_writable, hash_json, load_manifest
 from emergency_kit.config import Resolved
-from emergency_kit.data.load import Split, open_split
+from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.model.backend import base_name, pick_device, require_base
 
@@ -47,7 +47,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     if not dry_run:
         stale = _check_output(folder, final, resume_from, overwrite)
         check_writable(folder, SPACE_BYTES)
-    splits = {split: open_split(resolved, split) for split in ("train", "validation")}
+    splits = open_splits(resolved, "train", "validation")
     rows = _load_rows(resolved, splits)
     plan = plan_steps(resolved, len(rows["train"]))
     console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation records, "
@@ -244,7 +244,7 @@ def is_trained_as(resolved: Resolved, folder: Path) -> bool:
     manifest = load_manifest(folder)
     if manifest is None or manifest.get("stage") != "train":
         return False
-    splits = {split: open_split(resolved, split) for split in ("train", "validation")}
+    splits = open_splits(resolved, "train", "validation")
     wanted = resolved.config.model_dump()
     return manifest["dataset_hash"] == _data_hash(splits) and all(
         manifest["config"].get(section) == wanted[section] for section in ("dataset", "model", "lora", "training"))
