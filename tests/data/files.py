@@ -19,7 +19,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def resolve(source: object, *settings: str, profile: str = "embedded") -> Resolved:
     """The config with a local dataset, all of its rows and no cards in its prompts, unless a setting says otherwise."""
-    defaults = ("model.device=cpu", "dataset.grounding=none", "dataset.max_samples=null", "dataset.max_eval_samples=null")
+    defaults = ("model.device=cpu", "model.max_seq_length=1024", "dataset.grounding=none", "dataset.max_samples=null", "dataset.max_eval_samples=null")
     return load_config(profile, settings=[*defaults, f"dataset.name={source}", *settings])
 
 
