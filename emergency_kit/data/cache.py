@@ -37,7 +37,7 @@ DAY_SECONDS = 86400
 _PACKAGE = Path(__file__).resolve().parent.parent
 # What these files and packages do decides which tokens a record becomes.
 _CODE = ("data/cache.py", "data/columns.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/load.py", "data/sources.py", "data/tokenize.py",
-         "knowledge/cards.py", "knowledge/emergency_numbers.py", "knowledge/emergency_numbers.yaml", "knowledge/retrieve.py")
+         "knowledge/cards.py", "knowledge/emergency_numbers.py", "knowledge/emergency_numbers.yaml", "knowledge/index.py", "knowledge/retrieve.py")
 _LIBRARIES = ("numpy", "rensa", "tokenizers", "transformers")
 
 

@@ -27,7 +27,8 @@ from emergency_kit.data.sources import Files, Hub, open_source
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import load_numbers
-from emergency_kit.knowledge.retrieve import Retriever, cue_digest
+from emergency_kit.knowledge.index import cue_digest
+from emergency_kit.knowledge.retrieve import Retriever
 
 HELD_OUT_SHARE = 0.1
 # Rows that are looked at before the first is read: a form that none of them has is an error of the whole file.

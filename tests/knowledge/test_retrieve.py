@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import yaml
 
-from emergency_kit.knowledge import retrieve
+from emergency_kit.knowledge import index
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, load_cards, normalise
-from emergency_kit.knowledge.retrieve import Retriever, load_cues, stem
+from emergency_kit.knowledge.index import load_cues, stem
+from emergency_kit.knowledge.retrieve import Retriever
 
 CASES = yaml.safe_load((Path(__file__).parent / "labelled_scenarios.yaml").read_text(encoding="utf-8"))
 CARDS = load_cards()
@@ -103,7 +104,7 @@ def invented(name: str, *signs: str) -> Card:
 
 
 def test_a_new_card_counts_at_once_without_retraining(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieve, "INDEX_FOLDER", tmp_path)
+    monkeypatch.setattr(index, "INDEX_FOLDER", tmp_path)
     few = {card_id: CARDS[card_id] for card_id in ("stroke", "flood", SAFE_MINIMUM)}
     assert "avalanche" not in Retriever(few, 1).find("an avalanche buried the skiers on the slope").ids
     more = few | {"avalanche": invented("avalanche", "snow slab breaking loose on a slope", "skiers buried by an avalanche")}
@@ -111,15 +112,15 @@ def test_a_new_card_counts_at_once_without_retraining(tmp_path: Path, monkeypatc
 
 
 def test_the_index_is_kept_whole_replaced_when_cards_change_and_fitted_anew_when_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(retrieve, "INDEX_FOLDER", tmp_path)
+    monkeypatch.setattr(index, "INDEX_FOLDER", tmp_path)
     few = {card_id: CARDS[card_id] for card_id in ("tsunami", SAFE_MINIMUM)}
     text = "the sea is pulling back from the beach"
     first = Retriever(few).find(text)
     kept = list(tmp_path.iterdir())
-    retrieve._INDEXES.clear()
+    index._INDEXES.clear()
     assert Retriever(few).find(text) == first and list(tmp_path.iterdir()) == kept and len(kept) == 1
     kept[0].write_bytes(kept[0].read_bytes()[:1000])
-    retrieve._INDEXES.clear()
+    index._INDEXES.clear()
     assert Retriever(few).find(text) == first
     Retriever(few | {"flood": CARDS["flood"]})
     assert len(list(tmp_path.iterdir())) == 1
@@ -127,7 +128,7 @@ def test_the_index_is_kept_whole_replaced_when_cards_change_and_fitted_anew_when
 
 def test_an_index_folder_that_cannot_be_written_only_costs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(retrieve, "INDEX_FOLDER", tmp_path / "file")
+    monkeypatch.setattr(index, "INDEX_FOLDER", tmp_path / "file")
     few = {card_id: CARDS[card_id] for card_id in ("volcanic_ash", SAFE_MINIMUM)}
     assert Retriever(few).find("ash is falling after the eruption").ids == ("volcanic_ash",)
 
@@ -141,8 +142,8 @@ def test_the_fit_solves_its_equations() -> None:
     chance = np.random.default_rng(0)
     features = chance.random((700, 50), dtype=np.float32)
     targets, weight = chance.random((700, 3), dtype=np.float32), chance.random(700, dtype=np.float32) + 0.1
-    dual = retrieve._solve(features @ features.T, targets, weight)
-    expected = np.linalg.solve(features.T @ (features * weight[:, None]) + retrieve.RIDGE * np.eye(50), features.T @ (targets * weight[:, None]))
+    dual = index._solve(features @ features.T, targets, weight)
+    expected = np.linalg.solve(features.T @ (features * weight[:, None]) + index.RIDGE * np.eye(50), features.T @ (targets * weight[:, None]))
     assert np.allclose(features.T @ dual, expected, atol=2e-3)
 
 
@@ -150,7 +151,7 @@ def test_the_gram_matrix_is_every_documents_product_with_every_other() -> None:
     chance = np.random.default_rng(1)
     dense = chance.random((90, 40)) * (chance.random((90, 40)) < np.linspace(0.02, 1, 40))
     rows = [(np.flatnonzero(row), row[row != 0].astype(np.float32)) for row in dense]
-    gram = retrieve._gram(rows, [int(number) for number in (dense != 0).sum(0)])
+    gram = index._gram(rows, [int(number) for number in (dense != 0).sum(0)])
     assert np.allclose(gram, dense @ dense.T, atol=1e-4)
 
 
