@@ -61,6 +61,7 @@ def recognise(names: Sequence[str], mapped: Mapping[str, str]) -> Form | None:
         return Form(form, (turns, *about.values()), lambda row, place: _conversation(row.get(turns), row, about, place))
     elif asked and given:
         name = "Alpaca" if (asked.lower(), given.lower()) == ("instruction", "input") else f"{asked}/{answered} with {given}"
+        name = "records of this kit" if {"cards", "hazards"} <= about.keys() else name
         fields = {"instruction": asked, "input": given, "output": answered}
     elif asked:
         # A dataset with one question column asks it; the instruction of a record is what stands above a situation.

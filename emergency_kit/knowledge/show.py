@@ -11,7 +11,7 @@ from collections import defaultdict
 from typing import Mapping
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from emergency_kit.errors import DataError, UsageError
 from emergency_kit.knowledge.cards import Card, load_cards
@@ -24,7 +24,7 @@ from emergency_kit.knowledge.retrieve import Retriever
 def list_cards() -> None:
     """Print every card: id, name, and how much stands on it."""
     console, cards = Console(highlight=False), load_cards()
-    table = Table("hazard", "name", "actions", "never", "sources", "newest source")
+    table = Table(Column("hazard", no_wrap=True), "name", "do", "never", "sources", "newest")
     for category, members in by_category(cards).items():
         table.add_section()
         table.add_row(category.replace("_", " ").upper(), style="bold")
