@@ -56,11 +56,14 @@ def print_config(resolved: Any) -> None:
 
 @app.command()
 def setup(debug: Debug = False) -> None:
-    """Prepare the bundled base model in models/ where it is missing."""
+    """Prepare the bundled base model and the index of retrieval in models/ where they are missing."""
     from emergency_kit.config import load_config
+    from emergency_kit.knowledge.cards import load_cards
+    from emergency_kit.knowledge.index import load_index
     from emergency_kit.model import bundled
 
     folder = bundled.setup(load_config("embedded"))
+    load_index(load_cards())
     print(f"Base model ready: {folder}")
 
 

@@ -58,7 +58,7 @@ def test_json_is_one_object_and_nothing_else(folder):
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
     answer = json.loads(out)
-    assert list(answer) == ["answer", "valid", "problems", "cards", "text", "ended"]
+    assert list(answer) == ["answer", "valid", "problems", "cards", "unsure", "text", "ended"]
     assert list(answer["answer"]) == ["facts", "uncertainties", "analysis", "guidance"]
     assert answer["valid"] is False and answer["problems"] and answer["ended"] is False and answer["text"]
     assert answer["cards"][0] == "kitchen_grease_fire"
