@@ -1,8 +1,8 @@
 """Builder of the embedded dataset: knowledge cards and hand-written situations become records.
 
 In: `knowledge/cards/*.yaml` (what is true), `knowledge/situations/*.yaml` (what people report). Out: three JSONL
-files, a dataset card (README.md) and a manifest. The answer to copy from is always in the prompt; the
-builder adds the hard cases in stated shares. Same seed and size, same bytes, on any machine.
+files, a dataset card (README.md) and a manifest. The answer to copy from is in the prompt, but where only a
+wrong card is; the builder adds the hard cases in stated shares. Same seed and size, same bytes, on any machine.
 Run: `emergency-kit data build --seed 7 --size 3600`.
 """
 
@@ -18,11 +18,11 @@ from emergency_kit.artifacts import hash_json, load_manifest, save_manifest, sta
 from emergency_kit.config import Resolved
 from emergency_kit.data.answers import Telling, build_answer, check_record
 from emergency_kit.data.format import Record, render_answer
-from emergency_kit.knowledge.situations import SPLITS, Situation, load_situations
 from emergency_kit.data.variation import hurry, join, load_additions, shingles, shout
 from emergency_kit.errors import DataError, UsageError
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import find_country, load_numbers
+from emergency_kit.knowledge.situations import SPLITS, Situation, load_situations
 
 BUILDER_VERSION = 3
 # Shares of the training records of one hazard that show a changed set of cards; the rest shows the right card alone.
@@ -45,7 +45,8 @@ def dataset_digest(seed: int, size: int) -> str:
     situations = [vars(situation) for situation in load_situations()]
     additions = {use: [vars(item) for item in items] for use, items in load_additions().items()}
     shares = [SHARES, SECOND_PLACE, SAME_CATEGORY, COUNTRY, WRONG_ADVICE, ADDITION, OPENING, HURRIED, SHOUTED]
-    return hash_json([BUILDER_VERSION, seed, size, shares, card_digest(load_cards()), {code: country.model_dump() for code, country in load_numbers().items()}, situations, additions])
+    countries = {code: country.model_dump() for code, country in load_numbers().items()}
+    return hash_json([BUILDER_VERSION, seed, size, shares, card_digest(load_cards()), countries, situations, additions])
 
 
 def build_records(seed: int, size: int, top_k: int = 2) -> dict[str, list[Record]]:

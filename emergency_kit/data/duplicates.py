@@ -1,9 +1,9 @@
 """Near-duplicates: which texts of a data set say almost the same, by MinHash (Broder 1997).
 
-In: texts. Out: a group number for each; texts of one group are near-duplicates, directly or in a chain. Signatures come from `rensa` (Rust; a pure Python one takes
-longer than tokenising). Memory is SIGNATURE x 4 bytes a text. Limits: an estimate; the share of equal
-signature values is the Jaccard similarity of the texts' word triples give or take 0.06. In scripts that
-put no space between words only texts that are the same are found.
+In: texts. Out: a group number for each; texts of one group are near-duplicates, directly or in a chain.
+Signatures come from `rensa` (Rust; a pure Python one takes longer than tokenising). Memory is SIGNATURE x 4
+bytes a text. Limits: an estimate; the share of equal signature values is the Jaccard similarity of the texts'
+word triples give or take 0.06. In scripts that put no space between words only texts that are the same are found.
 """
 
 from __future__ import annotations
