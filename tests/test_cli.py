@@ -131,7 +131,7 @@ def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
     report = json.loads((out / "evaluation_report.json").read_text())
     assert report["total_samples"] == 2 and report["base"]["total_samples"] == 2 and (out / "report.html").is_file()
     assert script("infer", "--prompt", "smoke in the corridor", "--max-new-tokens", "5").strip()
-    assert set(json.loads(script("infer", "--prompt", "smoke", "--json", "--max-new-tokens", "5"))) == {"answer", "valid", "problems", "cards", "text", "ended"}
+    assert set(json.loads(script("infer", "--prompt", "smoke", "--json", "--max-new-tokens", "5"))) == {"answer", "valid", "problems", "cards", "unsure", "text", "ended"}
     script("merge_lora")
     assert (out / "merged" / "final" / "model.safetensors").is_file()
     script("export_gguf", "-q", "f16,q8_0")
