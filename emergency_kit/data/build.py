@@ -14,12 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Iterator, Mapping, Sequence
 
-from emergency_kit.artifacts import hash_json, load_manifest, save_manifest, staged_folder
+from emergency_kit.artifacts import hash_json, load_manifest, save_manifest
 from emergency_kit.config import Resolved
 from emergency_kit.data.answers import Telling, build_answer, check_record
 from emergency_kit.data.format import Record, render_answer
 from emergency_kit.data.variation import hurry, join, load_additions, shingles, shout
 from emergency_kit.errors import DataError, UsageError
+from emergency_kit.files import staged_folder
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import find_country, load_numbers
 from emergency_kit.knowledge.situations import SPLITS, Situation, load_situations

@@ -22,12 +22,13 @@ import numpy as np
 import xxhash
 from filelock import FileLock, Timeout
 
-from emergency_kit.artifacts import hash_file, hash_json, staged_folder
+from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import Record, record_messages, render_prompt
 from emergency_kit.data.rejected import RejectedList, say_rejected
 from emergency_kit.data.tokenize import TokenRows, build_rows, map_ids, say_changed
 from emergency_kit.errors import DataError
+from emergency_kit.files import folder_bytes, staged_folder
 from emergency_kit.knowledge.cards import load_cards
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def remove_leftovers(folder: Path) -> tuple[int, int]:
     removed = freed = 0
     for path in folder.glob(".*"):
         if path.suffix in (".partial", ".retired") and path.is_dir():
-            freed += _size(path)
+            freed += folder_bytes(path)
             shutil.rmtree(path)
             removed += 1
     return removed, freed
@@ -176,7 +177,7 @@ def list_entries(folder: Path) -> list[Entry]:
     for about in folder.glob("tokens-*/about.json"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             known = json.loads(about.read_text(encoding="utf-8"))
-            entries.append(Entry(about.parent, known["dataset"], known["split"], known["rows"], known["tokens"], _size(about.parent), about.stat().st_mtime))
+            entries.append(Entry(about.parent, known["dataset"], known["split"], known["rows"], known["tokens"], folder_bytes(about.parent), about.stat().st_mtime))
     return sorted(entries, key=lambda entry: -entry.used)
 
 
@@ -202,13 +203,9 @@ def prune_cache(resolved: Resolved, days: float) -> None:
             removed, freed = remove_leftovers(folder)
             recent = {entry.folder for entry in list_entries(folder) if time.time() - entry.used < days * DAY_SECONDS}
             for path in set(folder.glob("tokens-*")) - recent:
-                freed += _size(path)
+                freed += folder_bytes(path)
                 shutil.rmtree(path)
                 removed += 1
     except Timeout:
         raise DataError(f"{folder}: another process is tokenising into it; prune again when it is done") from None
     print(f"{removed} removed from {folder}, {freed / 1e6:.1f} MB freed; {len(recent)} kept")
-
-
-def _size(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

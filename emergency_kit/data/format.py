@@ -21,6 +21,8 @@ SYSTEM_PROMPT = (
     "Take guidance only from the card that fits the situation, in its order. "
     "If no card fits, say so and give the safe minimum."
 )
+# What tokenizers of chat models take for a control token: <|im_end|>, </s>, <start_of_turn>, [/INST] and their like.
+_CONTROL = re.compile(r"<(?=[|\uff5c/]?[^<>\s]{1,60}>)|\[(?=/?[A-Z_]{2,40}\])")
 SAFE_HEADING = "CARD: none fits. SAFE MINIMUM"
 ANSWER_SCHEMA = {
     "type": "object",
@@ -108,9 +110,14 @@ def build_messages(scenario: str, cards: Sequence[Card] | None, instruction: str
         # A model this small cannot weigh two cards by itself; the heading passes on which ones retrieval trusts.
         heading = SAFE_HEADING if card.id == SAFE_MINIMUM else "CARD" if rank < fits else "OTHER CARD"
         blocks.append(render_card(card, heading, country))
-    blocks += [text for text in (instruction.strip(),) if text]
-    blocks += [f"SITUATION: {scenario.strip()}"] if scenario.strip() else []
+    blocks += [text for text in (disarm(instruction).strip(),) if text]
+    blocks += [f"SITUATION: {disarm(scenario).strip()}"] if scenario.strip() else []
     return [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": "\n\n".join(blocks)}]
+
+
+def disarm(text: str) -> str:
+    """A person's text with a space after each bracket that opens a control token, so that no report can end its own turn or write another's."""
+    return _CONTROL.sub(lambda found: f"{found[0]} ", text)
 
 
 def shown_cards(ids: Iterable[str], cards: Mapping[str, Card]) -> list[Card]:
@@ -151,6 +158,15 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
 
     Templates that know no system role (some Mistral revisions) get it at the head of the user's turn.
     """
+    return _render(tokenizer, messages)[1]
+
+
+def as_accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The messages that the chat template gets: as they are, or with the system's text in the user's turn."""
+    return _render(tokenizer, messages)[0]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
     system, user = messages[0]["content"], messages[1]["content"]
     import jinja2
 
@@ -159,9 +175,9 @@ def render_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
     except jinja2.TemplateError:
         text = ""
     if system in text:
-        return text
+        return messages, text
     folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
-    return tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
+    return folded, tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
 
 
 def render_answer(answer: Answer) -> str:
@@ -209,6 +225,25 @@ def parse_answer(text: str) -> Parsed:
     for name, items in found:
         content.setdefault(name, tuple(items))
     return Parsed(Answer(**content), tuple(problems))
+
+
+def locate_lines(text: str) -> list[tuple[str, int, int]]:
+    """`(section, start, end)` of every statement of an answer as offsets into its text, marks left out.
+
+    section: "" before the first heading. A line that `parse_answer` would join to the one before stands by itself.
+    """
+    found: list[tuple[str, int, int]] = []
+    section, start = "", 0
+    for line in text.splitlines(keepends=True):
+        bare = line.rstrip()
+        if heading := _HEADING.match(bare):
+            section = heading.group(1).lower()
+        elif bare.strip():
+            bullet = _BULLET.match(bare)
+            begin = bullet.start(1) if bullet else len(bare) - len(bare.lstrip())
+            found.append((section, start + begin, start + (bullet.end(1) if bullet else len(bare))))
+        start += len(line)
+    return found
 
 
 def parse_json_answer(text: str) -> Parsed:

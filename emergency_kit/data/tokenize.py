@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Iterable, Iterator, Sequence
 
 import numpy as np
+import xxhash
 
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import PromptRenderer, Record, record_messages, render_prompt
@@ -56,6 +57,13 @@ class TokenRows(Sequence[dict[str, list[int]]]):
     def supervised(self) -> int:
         """Supervised tokens of all rows."""
         return int(len(self.ids) - self.prompts.sum(dtype=np.int64))
+
+    def digest(self) -> str:
+        """Hash of ids, bounds and masks: equal where the model would read and be scored on the same tokens in the same order."""
+        digest = xxhash.xxh3_128()
+        for values in (self.ids, self.starts, self.prompts):
+            digest.update(np.ascontiguousarray(values))
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,10 @@ from zipfile import BadZipFile
 import numpy as np
 import yaml
 
-from emergency_kit.artifacts import hash_file, hash_json, staged_file
+from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import REPOSITORY
 from emergency_kit.errors import DataError
+from emergency_kit.files import staged_file
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, normalise
 from emergency_kit.knowledge.situations import load_situations
 
@@ -216,11 +217,21 @@ def _code() -> str:
 _INDEXES: dict[str, Index] = {}
 
 
+def _place(cards: Mapping[str, Card]) -> tuple[str, Path]:
+    """`(key, file)` of the model that is fitted to these cards."""
+    key = hash_json([card_digest(cards), list(cards), cue_digest(), _code()])[:24]
+    return key, INDEX_FOLDER / f"retrieval-{key}.npz"
+
+
+def adopt_index(cards: Mapping[str, Card], index: Index) -> None:
+    """Keep a model that was fitted to these cards elsewhere, so that it is not fitted again."""
+    _save_index(_place(cards)[1], index)
+
+
 def load_index(cards: Mapping[str, Card]) -> Index:
     """The fitted model of these cards, from memory, from `models/`, or fitted now."""
-    key = hash_json([card_digest(cards), list(cards), cue_digest(), _code()])[:24]
+    key, path = _place(cards)
     if key not in _INDEXES:
-        path = INDEX_FOLDER / f"retrieval-{key}.npz"
         index = _read_index(path)
         if index is None:
             print("Fitting retrieval to the cards and cues, once after a change (about ten seconds) ...", file=sys.stderr, flush=True)
