@@ -27,13 +27,15 @@ MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 @dataclass
 class Loaded:
-    """A model ready for use. kind: `base`, `adapter` or `merged`; base: name or folder of the base model."""
+    """A model ready for use. kind: `base`, `adapter`, `merged` or `full`; base: name or folder of the base model; first: the first values of
+    adapters that do not begin at zero (see adapters.py)."""
 
     model: Any
     tokenizer: Any
     kind: str
     base: str
     notes: list[str] = field(default_factory=list)
+    first: "dict[str, torch.Tensor] | None" = None
 
 
 def base_name(model: ModelSection) -> str:
@@ -53,23 +55,19 @@ def pick_device(model: ModelSection) -> str:
 
 
 def pick_dtype(model: ModelSection, device: str) -> "torch.dtype":
-    """Compute type: the config's, or bfloat16 where the hardware multiplies it natively."""
+    """Compute type: the config's, or the one that multiplies fastest here."""
+    return explain_dtype(model, device)[0]
+
+
+def explain_dtype(model: ModelSection, device: str) -> tuple["torch.dtype", str]:
+    """`(compute type, why)`."""
     import torch
 
+    from emergency_kit.model import compute
+
     if model.dtype != "auto":
-        return getattr(torch, model.dtype)
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-    return torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() and _has_fast_bf16() else torch.float32
-
-
-def _has_fast_bf16() -> bool:
-    """Whether the CPU has bf16 matrix instructions; emulated bf16 is slower than float32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(flag in flags for flag in ("avx512_bf16", "amx_bf16", " bf16 "))
+        return getattr(torch, model.dtype), "by config"
+    return compute.pick_gpu_dtype() if device == "cuda" else compute.pick_cpu_dtype()
 
 
 def pick_attention(model: ModelSection, device: str) -> str:
@@ -81,29 +79,48 @@ def pick_attention(model: ModelSection, device: str) -> str:
     return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
 
 
-def pick_backend(model: ModelSection, device: str) -> tuple[str, str]:
-    """`(backend, reason)`; raises ModelError when Unsloth is named but cannot be used."""
+def pick_backend(model: ModelSection, device: str, needs: str = "") -> tuple[str, str]:
+    """`(backend, reason)`; raises ModelError when Unsloth is named but cannot be used. needs: what Unsloth is not asked for."""
     installed = importlib.util.find_spec("unsloth") is not None
-    if model.backend == "unsloth" and not (installed and device == "cuda"):
+    if model.backend == "unsloth" and (needs or not (installed and device == "cuda")):
         missing = "a CUDA GPU" if installed else "the package unsloth (pip install '.[gpu]')"
-        raise ModelError(f"model.backend is unsloth, which needs {missing}; next: --set model.backend=hf")
+        raise ModelError(f"model.backend is unsloth, which {f'is not for {needs}' if needs else f'needs {missing}'}; next: --set model.backend=hf")
     if model.backend == "auto" and device == "cuda" and model.load_in_4bit:
+        if needs:
+            return "hf", f"unsloth is not for {needs}"
         return ("unsloth", "installed, with a CUDA GPU") if installed else ("hf", "unsloth is not installed")
     return model.backend if model.backend != "auto" else "hf", "by config" if model.backend != "auto" else f"device is {device}"
 
 
-def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int) -> Loaded:
-    """The base model with fresh float32 adapters on it, in training mode."""
+def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, full: bool = False, needs: str = "",
+                      first: "dict[str, torch.Tensor] | None" = None) -> Loaded:
+    """The base model with float32 adapters on it, fresh or `lora.adapter`'s, in training mode; `full`: all its weights trained instead.
+
+    needs: a reason to pass Unsloth by. first: the adapters' first values where a run with `lora.init` is gone on with.
+    """
     device = pick_device(model)
-    backend, reason = pick_backend(model, device)
+    needs = needs or _beyond_plain(lora, full)
+    backend, reason = pick_backend(model, device, needs)
     require_base(model)
+    if lora.adapter and check_checkpoint(Path(lora.adapter), model) != "adapter":
+        raise ModelError(f"lora.adapter {lora.adapter}: a full model, not an adapter; name it as model.name instead")
     if backend == "unsloth":
-        from emergency_kit.model import unsloth_backend as chosen
+        from emergency_kit.model import unsloth_backend
+
+        loaded = unsloth_backend.load_for_training(model, lora, device, gradient_checkpointing, seed)
     else:
-        from emergency_kit.model import hf_backend as chosen
-    loaded = chosen.load_for_training(model, lora, device, gradient_checkpointing, seed)
-    loaded.notes.insert(0, f"backend {backend} ({reason}) on {device}")
+        from emergency_kit.model import hf_backend
+
+        loaded = hf_backend.load_for_training(model, lora, device, gradient_checkpointing, seed, full, first)
+    loaded.notes.insert(0, f"backend {backend} ({reason}) on {device}; compute type: {explain_dtype(model, device)[1]}")
     return loaded
+
+
+def _beyond_plain(lora: LoraSection, full: bool) -> str:
+    """What is asked beyond plain LoRA, in words for the console; empty where nothing is."""
+    wanted = {"full fine-tuning": full, "DoRA": lora.use_dora, f"lora.init {lora.init}": lora.init != "default", "lora.adapter": lora.adapter,
+              "lora.modules_to_save": lora.modules_to_save, "all-linear": lora.target_modules == "all-linear"}
+    return next((name for name, there in wanted.items() if there), "")
 
 
 def load_base(model: ModelSection, dtype: "torch.dtype | None" = None) -> Loaded:
@@ -126,7 +143,12 @@ def load_checkpoint(model: ModelSection, folder: Path, dtype: "torch.dtype | Non
     if kind == "adapter":
         return hf_backend.load_adapter(base_name(model), folder, model, dtype, fold)
     manifest = load_manifest(folder)
-    return hf_backend.load_model(str(folder), model, dtype, kind="merged" if manifest and manifest["stage"] == "merge" else "base")
+    return hf_backend.load_model(str(folder), model, dtype, kind=kind_of(manifest))
+
+
+def kind_of(manifest: dict[str, Any] | None) -> str:
+    """Kind of a full model's folder by its manifest: `merged`, `full` (every weight trained), or `base`."""
+    return {"merge": "merged", "train": "full"}.get((manifest or {}).get("stage", ""), "base")
 
 
 def load_tokenizer(model: ModelSection) -> Any:

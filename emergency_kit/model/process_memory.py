@@ -1,0 +1,35 @@
+"""Memory of this process and this computer, as the Linux kernel tells it; None where the system does not say.
+
+In: nothing but /proc. Out: bytes. No torch here: memory on a GPU is the allocator's to tell.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+
+def resident_bytes(field: str = "VmRSS") -> int | None:
+    """Resident memory of this process, now (VmRSS) or at its highest (VmHWM)."""
+    return _field(Path("/proc/self/status"), field)
+
+
+def available_bytes() -> int | None:
+    """What programs could still take without swapping, of the whole computer."""
+    return _field(Path("/proc/meminfo"), "MemAvailable")
+
+
+def reset_highest() -> bool:
+    """Let the highest mark begin anew; whether the kernel did."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+        return True
+    return False
+
+
+def _field(path: Path, name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in path.read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return None
