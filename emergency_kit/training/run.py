@@ -1,126 +1,171 @@
 """The stage `train`: config -> `<output_dir>/checkpoints/<model_name>/`.
 
 Order: check everything that can be checked without loading, load data, load model, train, save.
-An existing finished model or an unfinished run is never overwritten unasked. Ctrl-C saves a
+A finished model is never overwritten unasked, and an unfinished run is gone on with. Ctrl-C saves a
 checkpoint and says how to go on. Run: `make train`, `python scripts/train.py --help`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib
+import importlib.util
 import math
 import os
 import resource
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Callable, Iterator
 
 from rich.console import Console
 
-from emergency_kit.artifacts import check_writable, hash_json, load_manifest
+from emergency_kit.artifacts import hash_json, load_manifest, redact, verify_folder
 from emergency_kit.config import Resolved
 from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
-from emergency_kit.model.backend import base_name, pick_device, require_base
+from emergency_kit.files import check_writable, folder_bytes, remove_leftovers
+from emergency_kit.model.backend import base_name, load_tokenizer, pick_device, require_base
+from emergency_kit.training import checkpoint, lock, resume
+from emergency_kit.training.best import best_evaluation, validation_history
+from emergency_kit.training.engine import PROJECT, causal_lm_of
+from emergency_kit.training.plan import plan as say_plan
+from emergency_kit.training.schedule import check_schedule, step_rows
+from emergency_kit.training.stopping import Stop, StopRequested
 
-if TYPE_CHECKING:
-    from emergency_kit.data.tokenize import TokenRows
-
-# An adapter of rank 16 on 135M parameters with its optimizer state is 60 MB; two or three stand at a time.
-SPACE_BYTES = 300_000_000
+Scorer = Callable[[Resolved, Any], Callable[[Any, Callable[[], None]], dict[str, float]]]
+# Two or three checkpoints stand at a time.
+SPACE_BYTES = 3 * checkpoint.FIRST_BYTES
 
 
-def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool = False, dry_run: bool = False) -> Path:
+def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool = False, dry_run: bool = False, accept_changes: bool = False,
+          scorer: Scorer | None = None, rising_from: float | None = None) -> Path:
     """Train adapters and return the finished model's folder.
 
-    Raises UsageError for an output that is in the way or not writable, DataError, ModelError,
-    TrainingError, and Interrupted after a stop that saved a checkpoint.
+    resume_from: a checkpoint's folder, or `latest`. Without it an unfinished run of the same model is gone on with, unless
+    `overwrite`. accept_changes: go on though data or settings differ from the checkpoint's. scorer: makes, of config and tokenizer, what measures a model for
+    `training.metric_for_best_model` (`evaluation.during_training.build_scorer`). rising_from: the learning rate rises from
+    here to the config's over the whole run, evenly in its logarithm (a range test). Raises UsageError for an output that is in
+    the way, in use or not writable, DataError, ModelError, TrainingError, and Interrupted after a stop that saved a checkpoint.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    training = resolved.config.training
-    folder = Path(training.output_dir) / "checkpoints"
-    final = folder / training.model_name
     console.print(f"Device: {pick_device(resolved.config.model)}; base model: {base_name(resolved.config.model)}")
     require_base(resolved.config.model)
-    if not dry_run:
-        stale = _check_output(folder, final, resume_from, overwrite)
-        check_writable(folder, SPACE_BYTES)
-    splits = open_splits(resolved, "train", "validation")
-    rows = _load_rows(resolved, splits)
-    plan = plan_steps(resolved, len(rows["train"]))
-    console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation records, "
-                  f"effective batch {plan['effective_batch']}, {plan['steps']} steps over {plan['epochs']:g} epochs")
+    require_trackers(list(resolved.config.training.report_to))
+    output = Path(resolved.config.training.output_dir)
     if dry_run:
+        run = _prepare(resolved, resume_from, overwrite, accept_changes, None, console)
+        if resolved.config.training.method == "sft":
+            say_plan(resolved, rows=run.rows)
         console.print("Dry run: no model was loaded, and nothing written beyond the dataset and its tokens.")
-        return final
-    return _run(resolved, rows, _data_hash(splits), plan, console, final, resume_from, stale)
+        return output / "checkpoints" / resolved.config.training.model_name
+    check_writable(output / "checkpoints")
+    with lock.hold(output, console.print) as record:
+        remove_leftovers(output / "checkpoints")
+        run = _prepare(resolved, resume_from, overwrite, accept_changes, record, console)
+        run.scorer, run.rising_from = scorer, rising_from
+        return _run(run)
 
 
-def _load_rows(resolved: Resolved, splits: dict[str, Split]) -> dict[str, TokenRows]:
+@dataclass
+class _Run:
+    """What a run is made of, before a model is loaded. record: None in a dry run."""
+
+    resolved: Resolved
+    rows: dict[str, Any]
+    data_hash: str
+    plan: dict[str, Any]
+    start: resume.Start
+    identity: dict[str, Any]
+    record: lock.RunRecord | None
+    console: Console
+    scorer: Scorer | None = None
+    rising_from: float | None = None
+
+    @property
+    def final(self) -> Path:
+        training = self.resolved.config.training
+        return Path(training.output_dir) / "checkpoints" / training.model_name
+
+
+def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, accept_changes: bool, record: lock.RunRecord | None, console: Console) -> _Run:
     from emergency_kit.data.cache import load_rows
-    from emergency_kit.model.backend import load_tokenizer
+    from emergency_kit.data.pairs import load_pairs
+    from emergency_kit.training.health import foresee
 
+    start = resume.choose(resolved, resume_from, overwrite, record.run_id if record else lock.known_run(resolved.config.training.output_dir), console.print)
+    if record:
+        # A save stands beside the one before it; a resumed run knows how large they are.
+        check_writable(Path(resolved.config.training.output_dir) / "checkpoints", 2 * folder_bytes(start.checkpoint) if start.checkpoint else SPACE_BYTES)
+    splits = open_splits(resolved, "train", "validation")
     tokenizer = load_tokenizer(resolved.config.model)
-    return {name: load_rows(split, tokenizer, resolved) for name, split in splits.items()}
+    rows = {name: load_pairs(split, tokenizer, resolved, name) if resolved.config.training.method == "dpo" else load_rows(split, tokenizer, resolved)
+            for name, split in splits.items()}
+    plan = plan_steps(resolved, len(rows["train"]))
+    check_schedule(resolved.config, plan["steps"])
+    kind = "pairs" if resolved.config.training.method == "dpo" else "records"
+    console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation {kind}, "
+                  f"effective batch {plan['effective_batch']}, {plan['steps']} steps over {plan['epochs']:g} epochs")
+    for warning in foresee(resolved.config.training, plan["steps"]) if record else ():  # a dry run's plan says them, too
+        console.print(f"Warning: {warning}")
+    identity = resume.build_identity(resolved, rows, tokenizer, plan)
+    if start.checkpoint:
+        resume.check_same(start, resolved, identity, plan["steps"], accept_changes, console.print)
+    return _Run(resolved, rows, _data_hash(splits), plan, start, identity, record, console)
 
 
 def _data_hash(splits: dict[str, Split]) -> str:
     return hash_json([split.digest() for split in splits.values()])
 
 
-def _check_output(folder: Path, final: Path, resume_from: Path | None, overwrite: bool) -> list[Path]:
-    """Refuse to overwrite unasked; return mid-run checkpoints of earlier runs that may go."""
-    from emergency_kit.training.checkpoint import NAME, list_checkpoints
-
-    if NAME.match(final.name):
-        raise UsageError(f"--model-name {final.name}: reserved for mid-run checkpoints; choose another name")
-    if final.exists() and not overwrite:
-        raise UsageError(f"a finished model is already in {final}; name another with --model-name NAME, go on from a checkpoint with "
-                         "--resume-from CKPT --model-name NAME, or replace it with --overwrite")
-    if resume_from:
-        return []
-    earlier = list_checkpoints(folder)
-    unfinished = [path for path in earlier if _is_unfinished(path)]
-    if unfinished and not overwrite:
-        raise UsageError(f"an unfinished run is in {folder}; go on with --resume-from {unfinished[-1]}, or begin anew with --overwrite "
-                         "(its checkpoints go once the new run has saved one), or choose another --output-dir")
-    return earlier
+def require_trackers(report_to: list[str]) -> None:
+    """Raise TrainingError for a tracker whose package is missing, or cannot be imported."""
+    missing = [name for name in report_to if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TrainingError(f"training.report_to: {', '.join(missing)} not installed; next: pip install '.[track]', or leave it out")
+    for name in report_to:
+        try:
+            importlib.import_module(name)
+        except (ImportError, TypeError) as error:  # protobuf says with a TypeError that a package is too old for it
+            raise TrainingError(f"training.report_to: {name} is installed but cannot be imported ({error}); next: pip install '.[track]' anew, or leave it out") from None
 
 
-def _is_unfinished(path: Path) -> bool:
-    """Whether the run that wrote a checkpoint left no finished model; a damaged folder counts as finished."""
-    from emergency_kit.errors import ModelError
-    from emergency_kit.training.checkpoint import load_training_state
-
+@contextlib.contextmanager
+def placed_trackers(logs: Path) -> Iterator[None]:
+    """Trackers write beside the log, under the kit's name, unless the environment says otherwise; it is as before afterwards."""
+    folder = logs.absolute()
+    wanted = {"TENSORBOARD_LOGGING_DIR": folder / "tensorboard", "WANDB_DIR": folder, "WANDB_PROJECT": PROJECT, "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
+              "MLFLOW_EXPERIMENT_NAME": PROJECT, "TRACKIO_DIR": folder / "trackio"}
+    mine = {name: str(value) for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(mine)
     try:
-        state = load_training_state(path)
-    except ModelError:
-        return False
-    return not (path.parent / state.get("model_name", "final")).exists()
+        yield
+    finally:
+        for name in mine:
+            os.environ.pop(name, None)
 
 
 def plan_steps(resolved: Resolved, rows: int) -> dict[str, Any]:
     """Effective batch, optimizer steps and epochs of a run, as the Trainer will count them."""
     training = resolved.config.training
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    micro_batches = math.ceil(math.ceil(rows / world) / training.per_device_train_batch_size)
-    steps_per_epoch = max(1, math.ceil(micro_batches / training.gradient_accumulation_steps))
+    steps_per_epoch = max(1, math.ceil(math.ceil(rows / world) / step_rows(training)))
     steps = training.max_steps or math.ceil(training.num_epochs * steps_per_epoch)
-    return {"effective_batch": training.per_device_train_batch_size * training.gradient_accumulation_steps * world,
-            "steps_per_epoch": steps_per_epoch, "steps": steps, "epochs": steps / steps_per_epoch}
+    return {"effective_batch": step_rows(training) * world, "steps_per_epoch": steps_per_epoch, "steps": steps, "epochs": steps / steps_per_epoch}
 
 
-def _run(resolved: Resolved, rows: dict[str, TokenRows], data_hash: str, plan: dict[str, Any], console: Console, final: Path,
-         resume_from: Path | None, stale: list[Path]) -> Path:
+def _run(run: _Run) -> Path:
     from emergency_kit.training import callbacks
 
-    callbacks.open_log(Path(resolved.config.training.output_dir) / "logs", console)
+    logs = Path(run.resolved.config.training.output_dir) / "logs"
+    callbacks.open_log(logs, run.console)
     try:
-        with callbacks.StopCallback() as stop:
+        with Stop() as stop, placed_trackers(logs):
             callbacks.LOG.info("Starting training...")
-            return _train(resolved, rows, data_hash, plan, console, final, resume_from, stale, stop)
+            return _train(run, stop)
     except BaseException as error:
         callbacks.LOG.error("Training stopped: %s", str(error) or type(error).__name__) if not isinstance(error, Interrupted) else None
         raise
@@ -128,67 +173,88 @@ def _run(resolved: Resolved, rows: dict[str, TokenRows], data_hash: str, plan: d
         callbacks.close_log()
 
 
-def _train(resolved: Resolved, rows: dict[str, TokenRows], data_hash: str, plan: dict[str, Any], console: Console, final: Path,
-           resume_from: Path | None, stale: list[Path], stop: Any) -> Path:
+def _train(run: _Run, stop: Stop) -> Path:
     from emergency_kit.model.backend import load_for_training
-    from emergency_kit.training import callbacks, checkpoint, loss
-    from emergency_kit.training.trainer import KitTrainer, RowDataset
+    from emergency_kit.training import callbacks, engine, fit, workload
+    from emergency_kit.training.curves import CurvesCallback
+    from emergency_kit.training.first_try import try_longest
+    from emergency_kit.training.health import HealthCallback
+    from emergency_kit.training.preference import PairDataset
+    from emergency_kit.training.trainer import KitTrainer, RowDataset, RunEnded
 
-    config, training = resolved.config, resolved.config.training
-    state = checkpoint.check_resumable(resume_from, config.model) if resume_from else None
-    if state and state["step"] >= plan["steps"]:
-        raise UsageError(f"--resume-from {resume_from}: already at step {state['step']} of {plan['steps']}; raise --set training.num_epochs")
-    loaded = load_for_training(config.model, config.lora, training.gradient_checkpointing, training.seed)
-    loss.install(loaded.model.get_base_model())
+    config, training, state = run.resolved.config, run.resolved.config.training, run.start.state
+    model, rows = config.model, run.rows
+    if state.get("compute_type") and model.dtype == "auto":
+        model = model.model_copy(update={"dtype": state["compute_type"]})
+    resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
+    loaded = load_for_training(model, config.lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full",
+                               needs="training.method dpo" if training.method == "dpo" else "", first=resumed_first)
+    pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
+    fused = engine.install_engine(loaded, training, pass_rows)
+    if training.per_device_train_batch_size == "auto" and not state.get("pass_rows"):
+        pass_rows = fit.fit_pass(loaded, training, fused, rows["train"], engine.compute_type(model))
     facts = checkpoint.RunFacts(
-        resolved=resolved, dataset_hash=data_hash, tokenizer=loaded.tokenizer,
-        rows=len(rows["train"]), step_rows=plan["effective_batch"], resumed_from=resume_from, stale=stale)
+        resolved=run.resolved, dataset_hash=run.data_hash, tokenizer=loaded.tokenizer, identity=run.identity, run_id=run.record.begin(state.get("run_id")),
+        compute_type=str(engine.compute_type(model)).removeprefix("torch."), rows=len(rows["train"]), step_rows=run.plan["effective_batch"],
+        resumed_from=run.start.checkpoint, stale=run.start.stale, place=checkpoint.place_of(run.final.parent), pieces=int(state.get("pieces", 1)),
+        pass_rows=pass_rows, first=loaded.first)
     if state:
-        facts.tokens_seen, facts.supervised_tokens_seen = state["tokens_seen"], state["supervised_tokens_seen"]
-        facts.step_seconds, facts.earlier_seconds = state["step_seconds"], state["wall_seconds"]
+        facts.counters = checkpoint.Counters(**{field.name: state.get(field.name, field.default) for field in dataclasses.fields(checkpoint.Counters)})
+        facts.earlier_seconds, facts.checkpoint_bytes = state["wall_seconds"], folder_bytes(run.start.checkpoint)
     for note in loaded.notes:
         callbacks.LOG.info("Model: %s", note)
     callbacks.LOG.info("Training %s tokens an epoch, %s of them supervised", f"{len(rows['train'].ids):,}", f"{rows['train'].supervised:,}")
-    screen = callbacks.ConsoleCallback(console)
+    score = None
+    if training.metric_for_best_model != "loss":
+        if run.scorer is None:
+            raise TrainingError(f"training.metric_for_best_model {training.metric_for_best_model}: train() was given no scorer; use emergency-kit train, or loss")
+        score = run.scorer(run.resolved, loaded.tokenizer)
+    load = None if training.method == "dpo" else workload.measure(rows, run.resolved, fused is not None, pick_device(model) == "cuda", run.plan["steps"], pass_rows)
+    curves = CurvesCallback(run.final.parent.parent / "logs", run.final.name)
+    screen, health = callbacks.ConsoleCallback(run.console), HealthCallback(causal_lm_of(loaded.model).config.vocab_size)
+    dataset = PairDataset if training.method == "dpo" else RowDataset
     try:
         trainer = KitTrainer(
-            model=loaded.model, args=_arguments(resolved, final.parent), train_dataset=RowDataset(rows["train"]),
-            eval_dataset=RowDataset(rows["validation"]), facts=facts, pad_id=loaded.tokenizer.pad_token_id, callbacks=[screen, stop])
+            model=loaded.model, args=engine.training_arguments(run.resolved, run.final.parent, model, fused is not None, run.plan["steps"], pass_rows),
+            train_dataset=dataset(rows["train"]), eval_dataset=dataset(rows["validation"]), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused,
+            stop=stop, resumed=state, score=score, rising_from=run.rising_from, before_training=lambda trainer: load and try_longest(trainer, load),
+            callbacks=[screen, health, curves])
+        screen.trainer = health.trainer = trainer
         _silence(trainer)
-        trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        callbacks.guard_trackers(trainer)
+        stop.running = True
+        if training.method == "dpo":
+            callbacks.LOG.info("Reference: what the model makes of every pair before it is trained")
+            trainer.refer(trainer.train_dataset)
+            trainer.refer(trainer.eval_dataset)
+        with contextlib.suppress(RunEnded):
+            trainer.train(resume_from_checkpoint=str(run.start.checkpoint) if run.start.checkpoint else None)
+        return _finish(trainer, run.final)
+    except StopRequested:
+        raise _stopped(trainer) from None
     finally:
         screen.close()
-    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
-        reached = final.parent / f"checkpoint-{trainer.state.global_step}"
-        raise Interrupted(f"stopped at step {trainer.state.global_step}/{trainer.state.max_steps}, saved to {reached}; "
-                          f"go on with the same command and --resume-from {reached}")
-    return _finish(trainer, final)
+        if curves.written:
+            curves.write(trainer.state, running=False)
 
 
-def _arguments(resolved: Resolved, folder: Path) -> Any:
-    import torch
-    from transformers import TrainingArguments
+def _first_values(folder: Path | None) -> dict[str, Any] | None:
+    from emergency_kit.model.adapters import load_difference
 
-    from emergency_kit.model.backend import pick_device, pick_dtype
+    if folder is None:
+        return None
+    if (load_manifest(folder) or {})["config"]["lora"].get("init", "default") == "default":
+        raise UsageError(f"--resume-from {folder}: its adapters began at zero; lora.init cannot be changed on the way. Begin anew with --overwrite")
+    return load_difference(folder)[1]
 
-    training = resolved.config.training
-    device = pick_device(resolved.config.model)
-    dtype = pick_dtype(resolved.config.model, device)
-    try:
-        return TrainingArguments(
-            output_dir=str(folder), num_train_epochs=training.num_epochs, max_steps=training.max_steps or -1,
-            learning_rate=training.learning_rate, per_device_train_batch_size=training.per_device_train_batch_size,
-            per_device_eval_batch_size=training.per_device_eval_batch_size, gradient_accumulation_steps=training.gradient_accumulation_steps,
-            warmup_steps=training.warmup_steps, lr_scheduler_type=training.lr_scheduler_type, weight_decay=training.weight_decay,
-            max_grad_norm=training.max_grad_norm, optim=training.optim, logging_steps=training.logging_steps, logging_strategy="steps",
-            logging_first_step=True, logging_nan_inf_filter=False, eval_strategy="steps", eval_steps=training.eval_steps,
-            save_strategy="steps", save_steps=training.save_steps, save_total_limit=training.save_total_limit, seed=training.seed,
-            bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device == "cpu", report_to=list(training.report_to) or "none",
-            run_name=training.model_name, remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=device == "cuda",
-            # Checkpointing is switched on by the backend, on the model itself.
-            gradient_checkpointing=False)
-    except (ValueError, ImportError) as error:
-        raise TrainingError(f"training settings: {str(error).splitlines()[0]}") from None
+
+def _stopped(trainer: Any) -> Interrupted:
+    """Save the last whole step and say how to go on."""
+    reached, state = trainer.save_stopped(), trainer.state
+    if reached is None:
+        return Interrupted(f"stopped before the first {f'of {state.max_steps} steps' if state.max_steps else 'step'} was done; nothing to save, begin again with the same command")
+    return Interrupted(f"stopped at step {state.global_step}/{state.max_steps}, saved to {reached}; go on with the same command, or name it with "
+                       f"--resume-from {reached}")
 
 
 def _silence(trainer: Any) -> None:
@@ -198,11 +264,12 @@ def _silence(trainer: Any) -> None:
 
     trainer.remove_callback(PrinterCallback)
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module=r"torch\.|transformers\.|peft\.|accelerate\.")
 
 
 def _finish(trainer: Any, final: Path) -> Path:
-    from emergency_kit.training import callbacks, checkpoint
+    from emergency_kit.training import callbacks
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if not losses or not math.isfinite(losses[-1]):
@@ -210,15 +277,15 @@ def _finish(trainer: Any, final: Path) -> Path:
                             "and look at the data; no final model was written")
     if not any(entry.get("step") == trainer.state.global_step and "eval_loss" in entry for entry in trainer.state.log_history):
         trainer.evaluate()
-    facts = trainer.facts
+    facts, counters = trainer.facts, trainer.facts.counters
     validation = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    weights_of = _take_best(trainer, final.parent)
     summary = {
-        "wall_seconds": round(facts.wall_seconds, 1), "tokens_per_second": round(facts.tokens_seen / facts.step_seconds, 1),
-        "tokens": facts.tokens_seen, "supervised_tokens": facts.supervised_tokens_seen,
+        "wall_seconds": round(facts.wall_seconds, 1), "tokens_per_second": round(counters.tokens_seen / counters.step_seconds, 1),
+        "tokens": counters.tokens_seen, "tokens_computed": counters.tokens_computed, "supervised_tokens": counters.supervised_tokens_seen,
         "first_loss": losses[0], "last_loss": losses[-1], "first_validation_loss": validation[0], "last_validation_loss": validation[-1],
-        "peak_memory_bytes": peak_memory_bytes()}
-    with checkpoint.writing(trainer, final, summary):
-        pass
+        "weights_of_step": weights_of, "peak_memory_bytes": peak_memory_bytes()}
+    checkpoint.save(trainer, final, summary=summary)
     say = callbacks.LOG.info
     say("Training completed!")
     say(f"Time {time.strftime('%H:%M:%S', time.gmtime(summary['wall_seconds']))}, {summary['tokens_per_second']:.0f} tokens/s, "
@@ -226,6 +293,24 @@ def _finish(trainer: Any, final: Path) -> Path:
     say(f"Loss {losses[0]:.4f} -> {losses[-1]:.4f}, validation loss {validation[0]:.4f} -> {validation[-1]:.4f}")
     say(f"Final checkpoint saved to: {final}")
     return final
+
+
+def _take_best(trainer: Any, folder: Path) -> int:
+    """Under `load_best_model_at_end`, give the model the weights of the best evaluation; the step that its weights are of."""
+    from emergency_kit.training import callbacks
+
+    training, step = trainer.config, trainer.state.global_step
+    entry = best_evaluation(validation_history(trainer.state), training.metric_for_best_model)
+    if not training.load_best_model_at_end or entry is None or entry["step"] == step:
+        return step
+    saved = folder / f"checkpoint-{entry['step']}"
+    if verify_folder(saved):
+        callbacks.LOG.warning("The best evaluation was at step %d, but %s is not whole: the finished model has the last step's weights", entry["step"], saved)
+        return step
+    checkpoint.load_weights(trainer.accelerator.unwrap_model(trainer.model), saved, trainer.facts.first)
+    callbacks.LOG.info("The finished model has the weights of step %d, of the best %s (%.4f)", entry["step"], training.metric_for_best_model,
+                       entry[training.metric_for_best_model])
+    return entry["step"]
 
 
 def peak_memory_bytes() -> int:
@@ -247,4 +332,4 @@ def is_trained_as(resolved: Resolved, folder: Path) -> bool:
     splits = open_splits(resolved, "train", "validation")
     wanted = resolved.config.model_dump()
     return manifest["dataset_hash"] == _data_hash(splits) and all(
-        manifest["config"].get(section) == wanted[section] for section in ("dataset", "model", "lora", "training"))
+        manifest["config"].get(section) == redact(wanted[section]) for section in ("dataset", "model", "lora", "training"))

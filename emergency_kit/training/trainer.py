@@ -1,22 +1,37 @@
 """The Transformers Trainer, subclassed once.
 
-What it changes: rows of like length share a forward pass, the validation loss is a mean over tokens,
-and a checkpoint is written whole or not at all and pruned only after the new one verifies.
+What it changes: rows of like length share a forward pass (or the whole optimizer step is one batch, where `fused` computes
+it), the validation loss is a mean over tokens, a batch that does not fit into memory is divided, and a checkpoint is written whole
+or not at all and pruned only after the new one verifies. A run that is stopped between two passes, or between two batches of
+an evaluation, saves the state of its last whole step, so that the resumed run ends with the same bits.
 Everything else, callbacks, trackers, resume, accelerate, is the Trainer's own.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import random
 import time
 from pathlib import Path
-from typing import Any, Iterator
+from typing import TYPE_CHECKING, Any, Callable, Iterator
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
+from emergency_kit.artifacts import verify_folder
 from emergency_kit.data.tokenize import IGNORE, TokenRows
-from emergency_kit.training import checkpoint
+from emergency_kit.errors import TrainingError
+from emergency_kit.training import best, checkpoint, end_to_end, preference, schedule
+from emergency_kit.training.callbacks import LOG, BestCallback
+from emergency_kit.training.engine import causal_lm_of
+from emergency_kit.training.gauge import Gauge
+
+if TYPE_CHECKING:
+    from emergency_kit.training.fused.step import FusedStep
+    from emergency_kit.training.stopping import Stop
 
 
 class RowDataset(Dataset):
@@ -36,11 +51,12 @@ class StepSampler(Sampler[int]):
     """Shuffled by seed and epoch, then sorted by length within each optimizer step.
 
     The rows of a step stay the same, so its gradient does too; only the padding between its forward
-    passes goes away. step_rows: rows of one optimizer step over accumulation and ranks.
+    passes goes away. step_rows: rows of one optimizer step over accumulation and ranks. deal: ranks among which a step is
+    dealt row by row where each takes its rows in one batch, so that none gets all the long ones.
     """
 
-    def __init__(self, lengths: Any, step_rows: int, seed: int):
-        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
+    def __init__(self, lengths: Any, step_rows: int, seed: int, deal: int = 1):
+        self.lengths, self.step_rows, self.seed, self.deal, self.epoch = lengths, step_rows, seed, deal, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle of an epoch, counted from 0."""
@@ -52,7 +68,9 @@ class StepSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
         for start in range(0, len(order), self.step_rows):
-            yield from sorted(order[start:start + self.step_rows], key=lambda row: (-int(self.lengths[row]), row))
+            step = sorted(order[start:start + self.step_rows], key=lambda row: (-int(self.lengths[row]), row))
+            for rank in range(self.deal):
+                yield from step[rank::self.deal]
 
 
 def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
@@ -67,65 +85,296 @@ def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Te
             "labels": padded([row["labels"] for row in rows], IGNORE)}
 
 
-class KitTrainer(Trainer):
-    """See the file's opening. `facts` goes into every checkpoint's training_state.json and manifest."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU's or the computer's memory did not suffice."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
-    def __init__(self, *args: Any, facts: "checkpoint.RunFacts", pad_id: int, **options: Any):
-        super().__init__(*args, data_collator=lambda rows: collate(rows, pad_id), **options)
-        self.facts = facts
+
+def random_states() -> dict[str, Any]:
+    """States of all random number generators that training draws from."""
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """Put the generators back."""
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["cpu"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])
+
+
+class RunEnded(Exception):
+    """A resumed run whose patience was out where it was left: nothing more is trained."""
+
+
+class KitTrainer(Trainer):
+    """See the file's opening. `facts` goes into every checkpoint's training_state.json and manifest; `stop` says when to end.
+
+    resumed: training_state.json of the checkpoint that the run goes on from, empty for a new run. score: metrics of answers that the model
+    generates, measured with every validation loss. rising_from: see `create_scheduler`. before_training: called once all is ready for the first
+    step. evaluation_due: the last step is trained, its validation loss not yet measured. step_loss: of the step under way, as far as its
+    passes are done; last_loss: of the last whole one. trying: rows are only tried for their memory.
+    """
+
+    def __init__(self, *args: Any, facts: "checkpoint.RunFacts", stop: "Stop", pad_id: int, fused: "FusedStep | None" = None,
+                 resumed: dict[str, Any] | None = None, score: Callable[[Any, Callable[[], None]], dict[str, float]] | None = None,
+                 rising_from: float | None = None, before_training: "Callable[[KitTrainer], None]" = lambda trainer: None, **options: Any):
+        def plain(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+            return collate(rows, pad_id)
+
+        # Set before the Trainer's own beginning, which may already ask for what depends on it.
+        self.facts, self.config, self.rising_from = facts, facts.resolved.config.training, rising_from
+        self.unit = 2 if self.config.method == "dpo" else 1  # rows that stay together
+        super().__init__(*args, data_collator=plain if self.unit == 1 else lambda pairs: preference.collate_pairs(pairs, plain), **options)
+        self.stop, self.fused, self.resumed = stop, fused, resumed or {}
+        self.before_training, self.trying = before_training, False
+        self.evaluation_due, self.score = False, score
+        self.step_loss, self.last_loss = torch.zeros((), device=self.args.device), float("nan")
+        if fused is not None:
+            # The whole step is one batch, which `fused` divides into passes: they pass for the Trainer's accumulation.
+            fused.on_pass = self._on_pass
+        self.gauge = Gauge(self.facts.counters.tokens_seen)
         self.model_accepts_loss_kwargs = True
         # The first label of a row belongs to the prompt and is IGNORE, so both ways of counting agree.
         self._loss_shifts_labels = True
-        self.add_callback(_EpochCallback(self))
+        self.add_callback(BestCallback(self.config))
+        self.add_callback(_RunCallback(self))
+
+    def _on_pass(self, done: int) -> None:
+        if self.model.training:
+            if done and not self.trying:
+                self.callback_handler.on_substep_end(self.args, self.state, self.control)
+            self.stop.check()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self.sampler = StepSampler(dataset.rows.lengths, step_rows, self.args.seed)
+        self.sampler = StepSampler(dataset.rows.lengths, step_rows, self.args.seed, deal=self.args.world_size if self.fused else 1)
         return self.sampler
 
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The Trainer's own, but in LoRA+'s groups where `lora.loraplus_lr_ratio` is set."""
+        ratio = self.facts.resolved.config.lora.loraplus_lr_ratio
+        if ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        self.optimizer = kind(schedule.group_parameters(self.model, self.get_decay_parameter_names(self.model), self.config, ratio), **options)
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's own, or in a range test a rate that rises to the config's by the same factor at every step."""
+        if self.rising_from is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        ratio, last = self.rising_from / self.args.learning_rate, max(1, num_training_steps - 1)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: ratio ** (1 - step / last))
+        return self.lr_scheduler
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self.facts.first is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            checkpoint.load_weights(self.model, Path(resume_from_checkpoint), self.facts.first)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Supervised tokens of a step over its passes and ranks; under DPO, pairs."""
+        if self.unit == 1:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
+        return self.accelerator.gather(pairs).sum()
+
+    def refer(self, dataset: "preference.PairDataset") -> None:
+        """Put into a dataset what the model, as it is now, makes of both answers of each pair. Draws no random number."""
+        found, training, started = [], self.model.training, time.monotonic()
+        self.model.eval()
+        for index in range(len(dataset)):
+            self.stop.check()
+            batch = self._prepare_inputs(self.data_collator([dataset[index]]))
+            del batch["reference"]
+            with torch.no_grad(), self.compute_loss_context_manager():
+                found.append(self.model(**batch)["log_probs"].cpu().numpy())
+            if time.monotonic() - started > 15:
+                started = time.monotonic()
+                LOG.info("Reference: %d of %d pairs", index + 1, len(dataset))
+        self.model.train(training)
+        dataset.reference = np.stack(found)
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
-        started = time.perf_counter()
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        self.facts.tokens_seen += int(inputs["attention_mask"].sum())
-        self.facts.supervised_tokens_seen += int((inputs["labels"] != IGNORE).sum())
-        self.facts.step_seconds += time.perf_counter() - started
+        """Forward and backward of a batch, in `facts.pieces` parts. Where memory runs out, they are doubled and the batch is taken
+        again from the same gradients and random states. Raises TrainingError when a single row does not fit."""
+        self.stop.check()
+        gradients, drawn = self._gradients(), random_states()
+        while True:
+            started = time.perf_counter()
+            try:
+                loss = self._step_in_pieces(model, inputs, num_items_in_batch)
+                break
+            except (RuntimeError, MemoryError) as error:
+                self._divide(error, inputs)
+            # Outside of the handler, so that the failed pass's tensors are gone.
+            self._put_back(gradients)
+            set_random_states(drawn)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        counters = self.facts.counters
+        counters.tokens_seen += int(inputs["attention_mask"].sum())
+        counters.supervised_tokens_seen += int((inputs["labels"] != IGNORE).sum())
+        counters.step_seconds += time.perf_counter() - started
+        self.step_loss = self.step_loss + loss.detach()
         return loss
 
+    def _step_in_pieces(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
+        parts, total = self._parts(inputs), None
+        for number, part in enumerate(parts, 1):
+            # Ranks exchange gradients once, with the last part.
+            with contextlib.nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+                loss = super().training_step(model, part, num_items_in_batch)
+            if self.fused is not None:
+                self.facts.counters.tokens_computed += self.fused.last_plan.tokens
+            total = loss if total is None else total + loss
+        return total
+
+    def _gradients(self) -> list[torch.Tensor | None]:
+        """Copies of the gradients gathered in this step so far: a few ten megabytes of adapters, 4 bytes a weight in full fine-tuning; none before
+        the first pass."""
+        return [parameter.grad.clone() if parameter.grad is not None else None for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _put_back(self, gradients: list[torch.Tensor | None]) -> None:
+        for parameter, gradient in zip((one for one in self.model.parameters() if one.requires_grad), gradients):
+            parameter.grad = gradient.clone() if gradient is not None else None
+
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Validation loss: cross-entropy summed over all supervised tokens, divided by their number."""
-        total, count = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        """Validation loss: cross-entropy summed over all supervised tokens, divided by their number. Draws no random number."""
+        self.evaluation_due = True
+        self.mark()
+        sums = torch.zeros(3, dtype=torch.float64)  # loss, what it is a mean over, pairs told apart
         training = self.model.training
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
-            inputs = self._prepare_inputs(inputs)
-            supervised = int((inputs["labels"][:, 1:] != IGNORE).sum())
-            with torch.no_grad(), self.compute_loss_context_manager():
-                total += float(self.model(**inputs)["loss"]) * supervised
-            count += supervised
+            self.stop.check()
+            sums += torch.tensor(self._eval_batch(self._prepare_inputs(inputs)), dtype=torch.float64)
+        scores = self._scores()
         self.model.train(training)
-        total, count = (self.accelerator.reduce(value.to(self.args.device), "sum") for value in (total, count))
-        metrics = {f"{metric_key_prefix}_loss": float(total / count)}
+        set_random_states(self.boundary["random"])
+        total, count, right = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        metrics = {f"{metric_key_prefix}_loss": total / count, **{f"{metric_key_prefix}_{name}": value for name, value in scores.items()}}
+        if self.unit == 2:
+            metrics[f"{metric_key_prefix}_preferred"] = right / count
+        self.evaluation_due = False
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def _scores(self) -> dict[str, float]:
+        if self.score is None:
+            return {}
+        model = self.accelerator.unwrap_model(self.model)
+        with end_to_end.set_aside(causal_lm_of(model)), self.compute_loss_context_manager():
+            return self.score(model, self.stop.check)
+
+    def _eval_batch(self, inputs: dict[str, Any]) -> tuple[float, int, int]:
+        """`(summed loss, supervised tokens or pairs, pairs told apart)` of a batch, in more parts where memory runs out."""
+        while True:
+            total, count, right = 0.0, 0, 0
+            try:
+                for part in self._parts(inputs):
+                    items = int((part["labels"][:, 1:] != IGNORE).sum()) if self.unit == 1 else len(part["labels"]) // 2
+                    with torch.no_grad(), self.compute_loss_context_manager():
+                        found = self.model(**part)
+                    total += float(found["loss"]) * items
+                    count += items
+                    right += int(found.get("right", 0))
+                return total, count, right
+            except (RuntimeError, MemoryError) as error:
+                self._divide(error, inputs)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _parts(self, inputs: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = len(inputs["input_ids"])
+        size = self.unit * -(-rows // self.unit // self.facts.pieces)
+        return [{name: value[start:start + size] for name, value in inputs.items()} for start in range(0, rows, size)]
+
+    def _divide(self, error: BaseException, inputs: dict[str, Any]) -> None:
+        """Double the parts of a batch after memory ran out; any other error goes on its way."""
+        if not is_out_of_memory(error):
+            raise error
+        rows, step = len(inputs["input_ids"]) // self.unit, self.state.global_step + 1
+        if self.facts.pieces >= rows:
+            raise TrainingError(f"out of memory at step {step} with a single row of up to {inputs['input_ids'].shape[1]} tokens; "
+                                "lower model.max_seq_length, or switch on training.gradient_checkpointing") from None
+        self.facts.pieces = min(rows, 2 * self.facts.pieces)
+        LOG.warning("Out of memory %s: every batch is taken in %d parts from here on, the effective batch stays",
+                    "with the longest rows, tried first" if self.trying else f"at step {step}", self.facts.pieces)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        super()._maybe_log_save_evaluate(*args, **options)
+        self.mark()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add throughput, memory and the GPU's state to what is logged, so that trackers and curves have them."""
+        if "loss" in logs:
+            logs |= self.gauge.read(self.facts.counters.tokens_seen)
+        super().log(logs, start_time)
+
+    def mark(self) -> None:
+        """Remember this moment: no gradient is gathered, and a run stopped later is saved as it is now."""
+        self.boundary = {"random": random_states(), "counters": copy.copy(self.facts.counters), "flos": self.current_flos,
+                         "losses": (self._tr_loss.clone(), self._total_loss_scalar, self._globalstep_last_logged)}
+
+    def loss_carry(self) -> dict[str, float]:
+        """Losses since the last logged one, which the next one is a mean of."""
+        return {"sum": float(self._tr_loss), "total": self._total_loss_scalar, "logged_step": self._globalstep_last_logged}
+
+    def save_stopped(self) -> Path | None:
+        """Save the last whole step, unless a checkpoint of it stands there; None before the first step."""
+        if not self.state.global_step:
+            return None
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if folder in self.facts.stale or not folder.exists() or verify_folder(folder):
+            self.model.zero_grad()
+            set_random_states(self.boundary["random"])
+            self.facts.counters, self.current_flos = self.boundary["counters"], self.boundary["flos"]
+            self._tr_loss, self._total_loss_scalar, self._globalstep_last_logged = self.boundary["losses"]
+            self._save_checkpoint(self.model, None)
+        return folder
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.store_flos()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        with checkpoint.writing(self, folder) as temporary:
+
+        def fill(temporary: Path) -> None:
             self._save_optimizer_and_scheduler(str(temporary))
             self._save_scaler(str(temporary))
             self._save_rng_state(str(temporary))
             self.state.save_to_json(str(temporary / "trainer_state.json"))
-        checkpoint.prune(Path(self.args.output_dir), self.facts, newest=folder)
+
+        checkpoint.save(self, folder, fill)
+        checkpoint.prune(Path(self.args.output_dir), self.facts, folder, best.validation_history(self.state))
 
 
-class _EpochCallback(TrainerCallback):
-    """Tells the sampler its epoch whatever dataloader wraps it (accelerate's skipping one does not)."""
+class _RunCallback(TrainerCallback):
+    """Tells the sampler its epoch whatever dataloader wraps it (accelerate's skipping one does not), and puts a resumed run where
+    it was: losses not logged yet, an evaluation that was due, and this run's own intervals instead of the checkpoint's."""
 
     def __init__(self, trainer: KitTrainer):
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        trainer, carry = self.trainer, self.trainer.resumed.get("loss_carry")
+        state.compute_steps(args, state.max_steps)
+        if carry:
+            trainer._tr_loss += carry["sum"]
+            trainer._total_loss_scalar, trainer._globalstep_last_logged = carry["total"], int(carry["logged_step"])
+        if trainer.resumed:
+            schedule.follow_config(trainer.optimizer, trainer.lr_scheduler, trainer.config, trainer.facts.resolved.config.lora.loraplus_lr_ratio)
+        trainer.mark()
+        trainer.before_training(trainer)
+        if trainer.resumed.get("evaluation_due"):
+            trainer._evaluate(None, None)
+        if trainer.resumed and best.is_exhausted(best.validation_history(state), trainer.config):
+            raise RunEnded
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer.sampler.set_epoch(int(state.epoch or 0))

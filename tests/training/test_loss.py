@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training import loss
+from emergency_kit.training import end_to_end, loss
 from emergency_kit.training.trainer import collate
 
 VOCABULARY = 97
@@ -104,3 +104,46 @@ def test_the_reference_agrees_with_torch_cross_entropy() -> None:
     hidden, labels, head = torch.randn(1, 6, 8), torch.tensor([[IGNORE, IGNORE, 5, 6, IGNORE, 7]]), torch.nn.Linear(8, VOCABULARY)
     expected = F.cross_entropy(head(hidden)[0, :-1], labels[0, 1:], ignore_index=IGNORE)
     torch.testing.assert_close(loss.supervised_loss(hidden, labels, head), expected)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_rows_end_to_end_equal_the_naive_reference(model: torch.nn.Module, rows: list[dict[str, list[int]]], micro_batch: int) -> None:
+    expected_loss, expected = naive(model, rows)
+    assert end_to_end.install(model.get_base_model())
+    loss.install(model.get_base_model(), rows_end_to_end=True)
+    supervised, total = sum(label != IGNORE for row in rows for label in row["labels"]), 0.0
+    for start in range(0, len(rows), micro_batch):
+        result = model(**collate(rows[start:start + micro_batch], pad_id=0), num_items_in_batch=supervised)["loss"]
+        result.backward()
+        total += float(result.detach())
+    assert total == pytest.approx(expected_loss, abs=1e-5)
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_end_to_end_leaves_sliding_windows_and_strangers_alone() -> None:
+    config = MistralConfig(vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, sliding_window=8)
+    windowed = MistralForCausalLM(config)
+    assert not end_to_end.install(windowed) and windowed.config._attn_implementation != end_to_end.NAME
+
+
+@pytest.mark.parametrize("unpadded", [False, True])
+def test_neftune_is_noise_of_the_right_size_in_training_alone(model: torch.nn.Module, rows: list[dict[str, list[int]]], unpadded: bool) -> None:
+    base = model.get_base_model()
+    if unpadded:
+        end_to_end.install(base)
+    seen: list[torch.Tensor] = []
+    base.get_decoder().layers[0].register_forward_pre_hook(lambda module, inputs, options: seen.append((inputs or (options["hidden_states"],))[0]), with_kwargs=True)
+    batch, alpha = collate(rows, pad_id=0), 5.0
+    for noise, training in ((0.0, True), (alpha, True), (alpha, False)):
+        base.__dict__.pop("forward", None)
+        loss.install(base, neftune_alpha=noise, rows_end_to_end=unpadded)
+        model.train(training)
+        model(**batch)
+    assert torch.equal(seen[0], seen[2])
+    difference = (seen[1] - seen[0]).abs()
+    for index, (length, _) in enumerate(ROWS):
+        start = sum(other for other, _ in ROWS[:index])
+        row = difference[0, start:start + length] if unpadded else difference[index, :length]
+        limit = alpha / (length * 32) ** 0.5
+        assert 0.9 * limit < float(row.detach().max()) <= limit * 1.0001

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.errors import ModelError, UsageError
+from emergency_kit.errors import Interrupted, ModelError, UsageError
 from emergency_kit.training import checkpoint
 from emergency_kit.training.run import train
+from emergency_kit.training.stopping import Stop, StopRequested
 from emergency_kit.training.trainer import StepSampler, collate
 from tests.tiny import save_tiny_model
 
@@ -100,6 +101,26 @@ def test_a_resumed_run_ends_bit_identical(run: Path, tiny: Path, tmp_path: Path)
     assert losses[0] == losses[1]
 
 
+def test_a_stop_between_passes_carries_no_loss_of_theirs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped in the third pass of step 2, where one step's loss waits to be logged; resumed, every logged loss is the undisturbed run's."""
+    settings = ("training.engine=modules", "training.logging_steps=3", "training.eval_steps=6", "training.save_steps=6")
+    train(resolve(tiny, tmp_path / "whole", *settings))
+    asked = 0
+
+    def check(stop: Stop) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == 7:  # four passes a step
+            raise StopRequested
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted, match="stopped at step 1/6"):
+        patched.setattr(Stop, "check", check)
+        train(resolve(tiny, tmp_path / "stopped", *settings))
+    train(resolve(tiny, tmp_path / "stopped", *settings))
+    histories = [checkpoint.load_training_state(tmp_path / name / "checkpoints" / "final")["loss_history"] for name in ("whole", "stopped")]
+    assert histories[0] == histories[1] and len(histories[0]) == 3
+
+
 def test_a_finished_model_is_not_overwritten_unasked(run: Path, tiny: Path) -> None:
     before = (run / "checkpoints" / "final" / "manifest.json").read_bytes()
     with pytest.raises(UsageError, match=r"--model-name.*--resume-from.*--overwrite"):
@@ -115,7 +136,7 @@ def test_another_model_name_stands_beside_the_first(run: Path, tiny: Path, tmp_p
 
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: (folder / "optimizer.pt").write_bytes(b"x"), "optimizer.pt differs"),
-    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors missing"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors is missing"),
     (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing"),
 ])
 def test_a_damaged_checkpoint_is_refused(run: Path, tiny: Path, tmp_path: Path, damage: object, message: str) -> None:
@@ -154,16 +175,8 @@ def test_ctrl_c_saves_a_checkpoint_that_can_be_resumed(tiny: Path, tmp_path: Pat
     assert not verify_folder(Path(saved)) and files(Path(saved)) == RESUMABLE
     assert not (tmp_path / "checkpoints" / "final").exists() and "Traceback" not in errors
     step = checkpoint.load_training_state(Path(saved))["step"]
-    train(load_config("embedded", settings=[*settings, f"training.output_dir={tmp_path}", f"training.max_steps={step + 1}"]), resume_from=Path(saved))
+    train(load_config("embedded", settings=[*settings, f"training.output_dir={tmp_path}", f"training.max_steps={step + 1}"]), accept_changes=True)
     assert checkpoint.load_training_state(tmp_path / "checkpoints" / "final")["step"] == step + 1
-
-
-def test_an_unfinished_run_is_named(run: Path, tiny: Path, tmp_path: Path) -> None:
-    import shutil
-
-    shutil.copytree(run / "checkpoints" / "checkpoint-4", tmp_path / "checkpoints" / "checkpoint-4")
-    with pytest.raises(UsageError, match=r"unfinished run.*--resume-from .*checkpoint-4.*--overwrite"):
-        train(resolve(tiny, tmp_path))
 
 
 def test_rows_of_a_step_stay_together_and_epochs_differ() -> None:

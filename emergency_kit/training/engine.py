@@ -1,0 +1,117 @@
+"""What a step is computed with: the engine, its compute type, and the Trainer's arguments that go with them.
+
+In: a loaded model and the config. Out: the model with its loss installed, the `FusedStep` where it can be had, and
+`TrainingArguments`. Limits: `fused` is not for 4-bit or float16; `auto` then takes `modules` and says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from emergency_kit.config import ModelSection, Resolved, TrainingConfig
+from emergency_kit.errors import TrainingError
+from emergency_kit.model.backend import pick_device
+from emergency_kit.training.schedule import step_rows, warmup_steps
+
+# Under which trackers file the runs.
+PROJECT = "ai-emergency-kit"
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+    from emergency_kit.model.backend import Loaded
+    from emergency_kit.training.fused.step import FusedStep
+
+
+def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int) -> "FusedStep | None":
+    """Give the model its loss, and the engine of its step; what was chosen, and why, goes into `loaded.notes`. pass_rows: rows of a pass."""
+    from emergency_kit.training import end_to_end, loss, preference
+    from emergency_kit.training.fused.step import FusedStep
+
+    causal_lm, reason = causal_lm_of(loaded.model), _not_fused(loaded.model, training)
+    if training.engine == "fused" and reason:
+        raise TrainingError(f"training.engine is fused, which does not take {reason}; next: --set training.engine=auto")
+    fused = None
+    if training.engine == "modules" or reason:
+        loaded.notes.append(f"engine modules ({'by config' if training.engine == 'modules' else f'fused is not for {reason}'})")
+    else:
+        fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, training.gradient_checkpointing, training.neftune_noise_alpha)
+        loaded.notes.append(f"engine fused{', shared beginnings computed once' if training.prefix_sharing else ''}")
+    modules_on_gpu = fused is None and causal_lm.device.type == "cuda"
+    if modules_on_gpu and has_liger():
+        loaded.notes.append("Liger kernels")
+    if training.method == "dpo":
+        preference.install(causal_lm, training.dpo_beta, training.dpo_sft_weight, training.neftune_noise_alpha)
+        return None
+    unpadded = modules_on_gpu and end_to_end.install(causal_lm)
+    if unpadded:
+        loaded.notes.append("rows end to end, without padding")
+    loss.install(causal_lm, fused, training.neftune_noise_alpha, unpadded, training.label_smoothing_factor)
+    return fused
+
+
+def causal_lm_of(model: Any) -> Any:
+    """The causal language model itself, inside of PEFT's wrapper where it has one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _not_fused(model: Any, training: TrainingConfig) -> str | None:
+    """Why the fused engine cannot compute this run; None where it can."""
+    import torch
+
+    from emergency_kit.training.fused.step import unsupported
+
+    if training.method == "dpo":
+        return "training.method dpo"
+    if training.finetuning_type == "full":
+        return "full fine-tuning"
+    if training.label_smoothing_factor:
+        return "label smoothing"
+    return unsupported(model) or ("float16, whose gradients need the Trainer's scaling" if causal_lm_of(model).dtype == torch.float16 else None)
+
+
+def has_liger() -> bool:
+    """Whether Liger's fused GPU kernels (of the GPU extra) are installed."""
+    return importlib.util.find_spec("liger_kernel") is not None
+
+
+def compute_type(model: ModelSection) -> "torch.dtype":
+    """The type that this run computes in, here and now."""
+    from emergency_kit.model.backend import pick_dtype
+
+    return pick_dtype(model, pick_device(model))
+
+
+def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fused: bool, steps: int, pass_rows: int) -> "TrainingArguments":
+    """The Trainer's arguments. folder: of the checkpoints; model: the config's, its compute type perhaps pinned by a resume; steps: of the run;
+    pass_rows: rows of a pass. Raises TrainingError for settings that transformers does not take together."""
+    import torch
+    from transformers import TrainingArguments
+
+    training = resolved.config.training
+    device, dtype = pick_device(model), compute_type(model)
+    # Fused, the rows of a whole step are one batch, divided into passes within.
+    rows = step_rows(training)
+    batch, accumulation = (rows, 1) if fused else (pass_rows, rows // pass_rows)
+    try:
+        return TrainingArguments(
+            output_dir=str(folder), num_train_epochs=training.num_epochs, max_steps=training.max_steps or -1,
+            learning_rate=training.learning_rate, per_device_train_batch_size=batch,
+            per_device_eval_batch_size=training.per_device_eval_batch_size, gradient_accumulation_steps=accumulation,
+            warmup_steps=warmup_steps(training, steps), lr_scheduler_type=training.lr_scheduler_type, lr_scheduler_kwargs=dict(training.lr_scheduler_kwargs),
+            weight_decay=training.weight_decay,
+            max_grad_norm=training.max_grad_norm, optim=training.optim, logging_steps=training.logging_steps, logging_strategy="steps",
+            logging_first_step=True, logging_nan_inf_filter=False, eval_strategy=training.eval_strategy, eval_steps=training.eval_steps,
+            save_strategy=training.save_strategy, save_steps=training.save_steps, save_total_limit=training.save_total_limit, seed=training.seed,
+            bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device == "cpu", report_to=list(training.report_to) or "none",
+            run_name=training.model_name, project=PROJECT, remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=device == "cuda",
+            # Norms, rotation and SwiGLU; the loss is ours, with logits only where there is a label.
+            use_liger_kernel=not fused and device == "cuda" and has_liger(),
+            liger_kernel_config={"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False},
+            # Checkpointing is switched on by the backend, on the model itself.
+            gradient_checkpointing=False)
+    except (ValueError, ImportError) as error:
+        raise TrainingError(f"training settings: {str(error).splitlines()[0]}") from None

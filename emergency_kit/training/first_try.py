@@ -1,0 +1,68 @@
+"""The longest rows first: whether training, evaluation and saving fit into memory is known before step 1.
+
+In: a trainer that is ready for its first step, and the rows that need the most memory. Out: nothing but, where memory ran out, batches
+in more parts (`facts.pieces`), as it happens in a run. Gradients, random states and counters are put back, so that the
+run's bits do not change. Cost: one pass and one validation batch, since of a `fused` step only the largest pass is computed.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.training.callbacks import LOG
+from emergency_kit.training.gauge import memory_bytes
+
+if TYPE_CHECKING:
+    from emergency_kit.training.trainer import KitTrainer
+    from emergency_kit.training.workload import Load
+
+
+def try_longest(trainer: "KitTrainer", load: "Load") -> None:
+    """Train on, evaluate and serialise the heaviest rows. Raises TrainingError when a single row does not fit."""
+    from emergency_kit.training.trainer import random_states, set_random_states
+
+    counters, drawn = dataclasses.replace(trainer.facts.counters), random_states()
+    kept, trainer.trying = copy.copy(trainer.step_loss), True
+    try:
+        batch = _batch(trainer, trainer.train_dataset, _heaviest(trainer, load.worst))
+        supervised = (batch["labels"] != IGNORE).sum()
+        if trainer.fused is not None:
+            trainer.fused.largest_pass_only = True
+        trainer.training_step(trainer.model_wrapped, batch, supervised)
+        standing = _moments(trainer)
+        trainer.model.eval()
+        trainer._eval_batch(_batch(trainer, trainer.eval_dataset, load.worst_eval))
+        trainer.model.train()
+        with open(os.devnull, "wb") as nowhere:
+            torch.save([[parameter for parameter in trainer.model.parameters() if parameter.requires_grad], standing], nowhere)
+    finally:
+        if trainer.fused is not None:
+            trainer.fused.largest_pass_only = False
+        trainer.model.zero_grad()
+        trainer.facts.counters, trainer.step_loss, trainer.trying = counters, kept, False
+        set_random_states(drawn)
+    LOG.info("The longest rows fit: %s tokens in training, %s in evaluation, saved once for nothing; %.2f GB of memory held", f"{load.work.tokens + load.work.shared:,}",
+             f"{load.work.eval_tokens:,}", memory_bytes() / 1e9)
+
+
+def _heaviest(trainer: "KitTrainer", step: list[int]) -> list[int]:
+    """Of a step's rows, longest first, those that one device takes at once."""
+    world = trainer.args.world_size
+    return step[:trainer.args.train_batch_size] if trainer.fused is None or world == 1 else step[::world]
+
+
+def _batch(trainer: "KitTrainer", dataset: Any, rows: list[int]) -> dict[str, Any]:
+    return trainer._prepare_inputs(trainer.data_collator([dataset[row] for row in rows]))
+
+
+def _moments(trainer: "KitTrainer") -> list[torch.Tensor]:
+    """As much as the optimizer will keep, until it does: it allocates with its first step."""
+    if trainer.optimizer is not None and trainer.optimizer.state_dict()["state"]:
+        return []
+    return [torch.full_like(parameter, 1.0) for parameter in trainer.model.parameters() if parameter.requires_grad for _ in range(2)]

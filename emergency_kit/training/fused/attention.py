@@ -1,0 +1,127 @@
+"""Causal attention over the nodes of a pass, by products of exactly what each query may see.
+
+A node's queries see its ancestors' keys in the shared pass, then its own up to themselves; no mask is needed but on
+the diagonal of a block of queries, and no token of another row is ever multiplied. Heads that share keys get a
+copy each: as many products as query heads keep all cores busy where as many as key heads do not.
+Probabilities grow with the square of a row's length, so they are made again on the way back instead of being kept.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emergency_kit.training.fused.tree import Node, Pass
+
+# Queries of one product, about: with fewer, products get small; with more, half of the last one's keys are in vain.
+BLOCK = 128
+
+
+@dataclass
+class Keys:
+    """k, v: (heads, tokens, width) of the shared pass in one layer; dk, dv: what its descendants added, float32."""
+
+    k: Tensor
+    v: Tensor
+    dk: Tensor
+    dv: Tensor
+
+
+@dataclass(frozen=True)
+class Block:
+    """Queries start to end of a pass, which see the first `keys` of their node's path."""
+
+    start: int
+    end: int
+    keys: int
+
+
+def plan_blocks(part: Pass) -> list[list[Block]]:
+    """Blocks of about BLOCK queries of each node of a pass."""
+    plan = []
+    for node in part.nodes:
+        before = sum(end - start for start, end in node.ancestors)
+        count = max(1, round(node.length / BLOCK))
+        edges = [node.length * index // count for index in range(count + 1)]
+        plan.append([Block(node.start + start, node.start + end, before + end) for start, end in zip(edges, edges[1:])])
+    return plan
+
+
+def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, out: Tensor, scratch: Any) -> None:
+    """Attention of every node into out, (heads, tokens, width), which may be a view."""
+    heads, _, width = q.shape
+    for node, blocks in zip(part.nodes, plan):
+        keys, values = _path(node, k, above.k if above else k).transpose(1, 2), _path(node, v, above.v if above else v)
+        for block in blocks:
+            length = block.end - block.start
+            p = _probabilities(q[:, block.start:block.end], keys[:, :, :block.keys], scratch)
+            out[:, block.start:block.end] = torch.bmm(p, values[:, :block.keys], out=scratch("result", heads, length, width))
+
+
+def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, dout: Tensor,
+             dq: Tensor, dk: Tensor, dv: Tensor, add: bool, scratch: Any) -> None:
+    """Gradients into dq, dk, dv of the shapes of q, k, v; what belongs to ancestors is added to theirs.
+
+    add: whether dk and dv come in holding what descendants added, as those of the shared pass do.
+    """
+    heads, _, width = q.shape
+    for node, blocks in zip(part.nodes, plan):
+        keys, values = _path(node, k, above.k if above else k), _path(node, v, above.v if above else v)
+        dkeys, dvalues = scratch("dkeys", *keys.shape), scratch("dvalues", *values.shape)
+        values = values.transpose(1, 2)
+        # The last block sees every key, so it comes first and the others add to it.
+        for block in reversed(blocks):
+            length = block.end - block.start
+            queries = q[:, block.start:block.end]
+            p = _probabilities(queries, keys[:, :block.keys].transpose(1, 2), scratch)
+            drows = scratch("drows", heads, length, width).copy_(dout[:, block.start:block.end])
+            dp = torch.bmm(drows, values[:, :, :block.keys], out=scratch("dp", *p.shape))
+            ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", *p.shape))
+            dq[:, block.start:block.end] = torch.bmm(ds, keys[:, :block.keys], out=scratch("result", heads, length, width))
+            if block is blocks[-1]:
+                torch.bmm(p.transpose(1, 2), drows, out=dvalues)
+                torch.bmm(ds.transpose(1, 2), queries, out=dkeys)
+            else:
+                dvalues[:, :block.keys] += torch.bmm(p.transpose(1, 2), drows, out=scratch("partial", heads, block.keys, width))
+                dkeys[:, :block.keys] += torch.bmm(ds.transpose(1, 2), queries, out=scratch("partial", heads, block.keys, width))
+        _give_back(node, dkeys, dk, above.dk if above else dk, add)
+        _give_back(node, dvalues, dv, above.dv if above else dv, add)
+
+
+def _probabilities(queries: Tensor, keys: Tensor, scratch: Any) -> Tensor:
+    """Softmax of the scores of queries, (heads, length, width), over keys, (heads, width, seen), whose last are the queries' own."""
+    length = queries.shape[1]
+    p = torch.bmm(queries, keys, out=scratch("p", len(queries), length, keys.shape[2]))
+    p[:, :, keys.shape[2] - length:] += _mask(length, p)
+    return torch.softmax(p, -1, out=p)
+
+
+def _path(node: Node, own: Tensor, shared: Tensor) -> Tensor:
+    mine = own[:, node.start:node.end]
+    return torch.cat([shared[:, start:end] for start, end in node.ancestors] + [mine], 1) if node.ancestors else mine
+
+
+def _give_back(node: Node, gradient: Tensor, own: Tensor, shared: Tensor, add: bool) -> None:
+    place = 0
+    for start, end in node.ancestors:
+        shared[:, start:end] += gradient[:, place:place + end - start]
+        place += end - start
+    mine = own[:, node.start:node.end]
+    if add:
+        mine += gradient[:, place:]
+    else:
+        mine.copy_(gradient[:, place:])
+
+
+@functools.cache
+def _whole_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((2 * BLOCK, 2 * BLOCK), float("-inf"), dtype=dtype, device=device).triu(1)
+
+
+def _mask(length: int, like: Tensor) -> Tensor:
+    """(length, length): 0 where a query may look, -inf where not."""
+    return _whole_mask(like.dtype, like.device)[:length, :length]

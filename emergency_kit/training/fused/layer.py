@@ -1,0 +1,236 @@
+"""One decoder layer of the Llama family over the tokens of a pass: forward, and backward by hand.
+
+Kept for the way back: the layer's input and the residual between, q, k, v, the attention's output,
+gate and up, and every z. Normed inputs, probabilities and the product of gate and up are made again: they cost less
+than the memory. The same buffers serve every pass, so memory does not grow with steps.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from emergency_kit.training.fused import attention
+from emergency_kit.training.fused.attention import Keys
+from emergency_kit.training.fused.linears import Linears, Masks
+from emergency_kit.training.fused.tree import Pass
+
+
+# Blocks of queries of each node of a pass.
+Blocks = list[list[attention.Block]]
+
+
+class Buffers:
+    """Named flat memory that grows to the largest use and is used again."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        self.memory: dict[str, Tensor] = {}
+
+    def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor of the shape, its content undefined."""
+        size = math.prod(shape)
+        held = self.memory.get(name)
+        if held is None or held.numel() < size:
+            self.memory.pop(name, None)
+            held = self.memory[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+        return held[:size].view(shape)
+
+
+@dataclass
+class Saved:
+    """What one layer keeps of one pass; tensors as named in `Layer.forward`."""
+
+    x: Tensor
+    read: dict[str, Tensor | None]
+    r1: Tensor | None = None
+    r2: Tensor | None = None
+    z: dict[str, Tensor] = field(default_factory=dict)
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+    attended: Tensor | None = None
+    middle: Tensor | None = None
+    gate_up: Tensor | None = None
+
+
+@dataclass
+class Rotation:
+    """Cosines and sines of the tokens of a pass, (tokens, 1, 1, half width); those for queries carry the scores' scale."""
+
+    q_cos: Tensor
+    q_sin: Tensor
+    k_cos: Tensor
+    k_sin: Tensor
+
+
+class Layer:
+    """The weights of one layer, grouped by input."""
+
+    def __init__(self, module: Any, config: Any, head_width: int):
+        attention_module, mlp = module.self_attn, module.mlp
+        self.qkv = Linears([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj])
+        self.o = Linears([attention_module.o_proj])
+        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj])
+        self.down = Linears([mlp.down_proj])
+        self.norm1, self.norm2 = module.input_layernorm, module.post_attention_layernorm
+        self.key_heads, self.width = config.num_key_value_heads, head_width
+        self.group = config.num_attention_heads // config.num_key_value_heads
+        self.epsilon = config.rms_norm_eps
+
+    @property
+    def linears(self) -> list[Linears]:
+        return [self.qkv, self.o, self.gate_up, self.down]
+
+    def draw(self, tokens: int, masks: Masks | None) -> dict[str, Tensor | None]:
+        """What dropout leaves of the input of each group of linear modules."""
+        groups = {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
+        return {name: linears.draw(tokens, masks) for name, linears in groups.items()}
+
+    def keys(self, x: Tensor, saved: Saved, rotation: Rotation, scratch: Buffers, kept: Buffers, slot: str) -> None:
+        """Norm, q, k and v with their rotation, into `saved`."""
+        tokens = len(x)
+        h = self._normed(x, self.norm1, "r1", saved, self.qkv, scratch, kept, slot)
+        qkv = scratch("qkv", tokens, self.qkv.outputs)
+        self.qkv.forward(h, saved.read["qkv"], qkv, scratch)
+        saved.z["qkv"] = kept(slot + "z qkv", tokens, self.qkv.ranks).copy_(h[:, self.qkv.inputs:])
+        heads, groups, width = self.key_heads, self.group, self.width
+        saved.q, saved.k, saved.v = (kept(slot + name, heads * groups, tokens, width) for name in "qkv")
+        q, k, v = self._split(qkv)
+        _rotate(q, rotation.q_cos, rotation.q_sin, self._by_token(saved.q))
+        _rotate(k, rotation.k_cos, rotation.k_sin, self._by_token(saved.k))
+        self._by_token(saved.v).copy_(v)
+
+    def forward(self, part: Pass, plan: Blocks, x: Tensor, above: Keys | None, rotation: Rotation,
+                read: dict[str, Tensor | None], scratch: Buffers, kept: Buffers, slot: str, out: Tensor) -> Saved:
+        """Output (tokens, width of the model) into out; read: from `draw`; slot: prefix of the names of what is kept."""
+        tokens, saved = len(x), Saved(x, read)
+        self.keys(x, saved, rotation, scratch, kept, slot)
+        saved.attended = kept(slot + "attended", tokens, self.o.inputs + self.o.ranks)
+        attended = self._by_head(saved.attended[:, :self.o.inputs])
+        attention.forward(part, plan, saved.q, saved.k, saved.v, above, attended, scratch)
+        saved.middle = kept(slot + "middle", tokens, self.o.outputs)
+        self.o.forward(saved.attended, saved.read["o"], saved.middle, scratch, residual=x)
+        h = self._normed(saved.middle, self.norm2, "r2", saved, self.gate_up, scratch, kept, slot)
+        saved.gate_up = kept(slot + "gate_up", tokens, self.gate_up.outputs)
+        self.gate_up.forward(h, saved.read["gate_up"], saved.gate_up, scratch)
+        saved.z["gate_up"] = kept(slot + "z gate_up", tokens, self.gate_up.ranks).copy_(h[:, self.gate_up.inputs:])
+        m = scratch("m", tokens, self.down.inputs + self.down.ranks)
+        self._multiplied(saved.gate_up, scratch, m)
+        self.down.forward(m, saved.read["down"], out, scratch, residual=saved.middle)
+        saved.z["down"] = kept(slot + "z down", tokens, self.down.ranks).copy_(m[:, self.down.inputs:])
+        return saved
+
+    def backward(self, part: Pass, plan: Blocks, saved: Saved, above: Keys | None, own: Keys | None, rotation: Rotation, scratch: Buffers,
+                 dx: Tensor, need_input: bool) -> None:
+        """Turn dx, the gradient of the output, into that of the input, in place; adapters' gradients are added up.
+
+        own: of the shared pass, its keys with what descendants added; None elsewhere. need_input: whether anything below learns.
+        """
+        self._backward_mlp(saved, scratch, dx)
+        tokens = len(dx)
+        dattended = scratch("dh", tokens, self.o.inputs + self.o.ranks)
+        da = self.o.backward(dx, saved.attended, saved.read["o"], dattended, scratch)
+        dq = scratch("dq", *saved.q.shape)
+        dk, dv = (own.dk, own.dv) if own else (scratch("dk", *saved.k.shape), scratch("dv", *saved.v.shape))
+        attention.backward(part, plan, saved.q, saved.k, saved.v, above, self._by_head(da), dq, dk, dv, own is not None, scratch)
+        self.backward_keys(saved, dq, dk, dv, rotation, scratch, dx, need_input)
+
+    def backward_keys(self, saved: Saved, dq: Tensor | None, dk: Tensor, dv: Tensor, rotation: Rotation, scratch: Buffers,
+                      dx: Tensor, need_input: bool) -> None:
+        """From the gradients of q, k and v to that of the input, added to dx. dq None: no query was used."""
+        tokens = len(dx)
+        dqkv = scratch("qkv", tokens, self.qkv.outputs)
+        into_q, into_k, into_v = self._split(dqkv)
+        if dq is None:
+            into_q.zero_()
+        else:
+            _rotate(self._by_token(dq), rotation.q_cos, -rotation.q_sin, into_q)
+        _rotate(self._summed(dk), rotation.k_cos, -rotation.k_sin, into_k)
+        into_v.copy_(self._summed(dv))
+        h = self._again(saved.x, saved.r1, self.norm1, self.qkv, saved.z["qkv"], scratch)
+        dh = self.qkv.backward(dqkv, h, saved.read["qkv"], scratch("dh", tokens, self.qkv.inputs + self.qkv.ranks), scratch)
+        if need_input:
+            add_norm_gradient(dh, saved.x, saved.r1, self.norm1.weight.detach(), scratch, dx)
+
+    def _backward_mlp(self, saved: Saved, scratch: Buffers, dx: Tensor) -> None:
+        tokens = len(dx)
+        m = scratch("m", tokens, self.down.inputs + self.down.ranks)
+        silu = self._multiplied(saved.gate_up, scratch, m)
+        m[:, self.down.inputs:] = saved.z["down"]
+        dm = self.down.backward(dx, m, saved.read["down"], scratch("dm", tokens, self.down.inputs + self.down.ranks), scratch)
+        gate, up = saved.gate_up.chunk(2, 1)
+        dgate_up = scratch("dgate_up", tokens, self.gate_up.outputs)
+        dgate, dup = dgate_up.chunk(2, 1)
+        torch.mul(dm, silu, out=dup)
+        dm *= up
+        torch.ops.aten.silu_backward.grad_input(dm, gate, grad_input=dgate)
+        h = self._again(saved.middle, saved.r2, self.norm2, self.gate_up, saved.z["gate_up"], scratch)
+        dh = self.gate_up.backward(dgate_up, h, saved.read["gate_up"], scratch("dh", tokens, self.gate_up.inputs + self.gate_up.ranks), scratch)
+        add_norm_gradient(dh, saved.middle, saved.r2, self.norm2.weight.detach(), scratch, dx)
+
+    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views (tokens, key heads, group, width) and twice (tokens, key heads, 1, width)."""
+        heads, groups, width = self.key_heads, self.group, self.width
+        parts = qkv.split([heads * groups * width, heads * width, heads * width], 1)
+        return parts[0].unflatten(1, (heads, groups, width)), parts[1].unflatten(1, (heads, 1, width)), parts[2].unflatten(1, (heads, 1, width))
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """(tokens, heads * width) as (heads, tokens, width)."""
+        return x.unflatten(1, (self.key_heads * self.group, self.width)).transpose(0, 1)
+
+    def _by_token(self, x: Tensor) -> Tensor:
+        """(heads, tokens, width) as (tokens, key heads, group, width)."""
+        return x.unflatten(0, (self.key_heads, self.group)).permute(2, 0, 1, 3)
+
+    def _summed(self, x: Tensor) -> Tensor:
+        """(heads, tokens, width) summed over the heads that share keys, as (tokens, key heads, 1, width)."""
+        return x.unflatten(0, (self.key_heads, self.group)).sum(1).transpose(0, 1)[:, :, None]
+
+    def _multiplied(self, gate_up: Tensor, scratch: Buffers, m: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, 1)
+        silu = scratch("silu", *gate.shape)
+        torch.ops.aten.silu.out(gate, out=silu)
+        torch.mul(silu, up, out=m[:, :self.down.inputs])
+        return silu
+
+    def _normed(self, x: Tensor, norm: Any, name: str, saved: Saved, reader: Linears, scratch: Buffers, kept: Buffers, slot: str) -> Tensor:
+        r = inverse_norm(x, self.epsilon, out=kept(slot + name, len(x), 1, dtype=torch.float32))
+        setattr(saved, name, r)
+        return self._again(x, r, norm, reader, None, scratch)
+
+    def _again(self, x: Tensor, r: Tensor, norm: Any, reader: Linears, z: Tensor | None, scratch: Buffers) -> Tensor:
+        h = scratch("h", len(x), reader.inputs + reader.ranks)
+        scaled = h[:, :reader.inputs]
+        torch.mul(x, r, out=scaled)
+        scaled *= norm.weight.detach()
+        if z is not None:
+            h[:, reader.inputs:] = z
+        return h
+
+
+def inverse_norm(x: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
+    """r = 1 / sqrt(mean x² + ε) of each token, (tokens, 1), in float32."""
+    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32, out=out).square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
+
+
+def add_norm_gradient(dh: Tensor, x: Tensor, r: Tensor, weight: Tensor, scratch: Buffers, dx: Tensor) -> None:
+    """Add to dx the gradient of x through h = x r w, r = 1 / sqrt(mean x² + ε); dh (tokens, width) is overwritten."""
+    dh *= weight
+    product = torch.mul(dh, x, out=scratch("product", *x.shape))
+    along = torch.mv(product, scratch("ones", x.shape[1]).fill_(1))[:, None]
+    dh *= r
+    dx += dh
+    dx.addcmul_(x, (along * r.pow(3) / x.shape[1]).to(x.dtype), value=-1)
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    """out = x cos + rotate_half(x) sin over the last dimension, whose halves are rotated against each other."""
+    low, high = x.expand(out.shape).chunk(2, -1)
+    out_low, out_high = out.chunk(2, -1)
+    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
+    torch.mul(high, cos, out=out_high).addcmul_(low, sin)

@@ -1,0 +1,147 @@
+"""Linear modules that share an input, with their adapters, as one product forward and one back.
+
+With h the input, W the stacked frozen weights, A the stacked and B the block-diagonal adapters and s their scale:
+y = [h, z] [W, sB]^T with z = dropout(h) A^T, and backward [dh, dz] = dy [W, sB]. So the thin products y += zB and
+dz = dyB ride on the thick ones. The stacked weight takes the place of the modules' own, which become views of it.
+Dropout is drawn once for an input, where PEFT draws it once for every module that reads it: the same expectation.
+Its masks are rows of one table drawn for the step, from a random row on for each input: independent from token to
+token, and one pass over the input to apply.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Adapter:
+    """One LoRA pair: a (rank, inputs), b (outputs, rank) parameters; rows and columns: its place in the stack."""
+
+    a: torch.nn.Parameter
+    b: torch.nn.Parameter
+    scale: float
+    rows: slice
+    columns: slice
+
+
+class Linears:
+    """weight: (outputs, inputs + ranks); stacked_a: (ranks, inputs); gradients of both adapters' stacks in float32."""
+
+    def __init__(self, modules: list[torch.nn.Module]):
+        bases = [_base(module) for module in modules]
+        self.inputs = bases[0].in_features
+        self.outputs = sum(base.out_features for base in bases)
+        self.adapters: list[Adapter] = []
+        self.dropout = 0.0
+        row = rank = 0
+        for module, base in zip(modules, bases):
+            if hasattr(module, "lora_A"):
+                name, = module.active_adapters
+                a, b = module.lora_A[name].weight, module.lora_B[name].weight
+                self.adapters.append(Adapter(a, b, module.scaling[name], slice(row, row + base.out_features), slice(rank, rank + len(a))))
+                self.dropout = getattr(module.lora_dropout[name], "p", 0.0)
+                rank += len(a)
+            row += base.out_features
+        self.ranks = rank
+        first = bases[0].weight
+        self.weight = torch.empty(self.outputs, self.inputs + rank, dtype=first.dtype, device=first.device)
+        self.weight[:, self.inputs:] = 0
+        self.stacked_a = torch.zeros(rank, self.inputs, dtype=first.dtype, device=first.device)
+        self.bias = torch.cat([base.bias if base.bias is not None else first.new_zeros(base.out_features) for base in bases]).detach() \
+            if any(base.bias is not None for base in bases) else None
+        row = 0
+        for base in bases:
+            view = self.weight[row:row + base.out_features, :self.inputs]
+            view.copy_(base.weight.detach())
+            base.weight.data = view
+            row += base.out_features
+
+    def refresh(self, training: bool) -> None:
+        """Read the adapters' current values. training: whether inputs will be dropped."""
+        self.keep = 1.0 - self.dropout if training else 1.0
+        for adapter in self.adapters:
+            columns = slice(self.inputs + adapter.columns.start, self.inputs + adapter.columns.stop)
+            self.weight[adapter.rows, columns] = (adapter.b.detach() * adapter.scale).to(self.weight.dtype)
+            self.stacked_a[adapter.columns] = (adapter.a.detach() / self.keep).to(self.weight.dtype)
+
+    def clear_gradients(self) -> None:
+        """Begin the adapters' gradients at zero, before a step goes back."""
+        self.gradient_a = torch.zeros(self.ranks, self.inputs, dtype=torch.float32, device=self.weight.device)
+        self.gradient_b = torch.zeros(self.outputs, self.ranks, dtype=torch.float32, device=self.weight.device)
+
+    def draw(self, tokens: int, masks: Masks | None) -> Tensor | None:
+        """Which places of an input are kept, (tokens, inputs) of 0 and 1; None where all are."""
+        return masks.draw(tokens, self.inputs) if masks and self.dropout and self.ranks else None
+
+    def forward(self, h: Tensor, kept: Tensor | None, out: Tensor, scratch: Any, residual: Tensor | None = None) -> None:
+        """y, plus residual where given, into out (tokens, outputs). h: (tokens, inputs + ranks); z is put into its last columns."""
+        if self.ranks:
+            z = torch.mm(self._read(h, kept, scratch), self.stacked_a.t(), out=scratch("z", len(h), self.ranks))
+            h[:, self.inputs:] = z
+        if residual is None:
+            torch.mm(h, self.weight.t(), out=out)
+        else:
+            torch.addmm(residual, h, self.weight.t(), out=out)
+        if self.bias is not None:
+            out += self.bias
+
+    def backward(self, dy: Tensor, h: Tensor, kept: Tensor | None, out: Tensor, scratch: Any) -> Tensor:
+        """dh, (tokens, inputs), a view of out (tokens, inputs + ranks); adds to the adapters' gradients.
+
+        h: (tokens, inputs + ranks) as `forward` left it.
+        """
+        torch.mm(dy, self.weight, out=out)
+        dh = out[:, :self.inputs]
+        if self.ranks:
+            dz = scratch("z", len(h), self.ranks).copy_(out[:, self.inputs:])
+            _add_product(self.gradient_b, dy.t(), h[:, self.inputs:])
+            _add_product(self.gradient_a, dz.t(), self._read(h, kept, scratch))
+            if kept is None:
+                dh.addmm_(dz, self.stacked_a)
+            else:
+                dh.addcmul_(torch.mm(dz, self.stacked_a, out=scratch("back", len(h), self.inputs)), kept)
+        return dh
+
+    def _read(self, h: Tensor, kept: Tensor | None, scratch: Any) -> Tensor:
+        read = h[:, :self.inputs]
+        return read if kept is None else torch.mul(read, kept, out=scratch("read", *read.shape))
+
+    def gradients(self) -> list[Tensor]:
+        """Gradients of a and b of every adapter, in order, in float32."""
+        found: list[Tensor] = []
+        for adapter in self.adapters:
+            found += [self.gradient_a[adapter.columns] / self.keep, self.gradient_b[adapter.rows, adapter.columns] * adapter.scale]
+        return found
+
+
+class Masks:
+    """The dropout masks of a step: a table of `tokens` rows and some more, whose rows serve one input after the other.
+
+    Drawn from torch's generator, whose state checkpoints hold.
+    """
+
+    MORE_ROWS = 1024
+
+    def __init__(self, tokens: int, widest: int, dropout: float, dtype: torch.dtype, device: torch.device):
+        self.table = torch.empty(tokens + self.MORE_ROWS, widest, dtype=dtype, device=device).bernoulli_(1 - dropout)
+
+    def draw(self, tokens: int, width: int) -> Tensor:
+        """A view of the table, (tokens, width), that begins at a random row."""
+        start = int(torch.randint(len(self.table) - tokens + 1, (1,)))
+        return self.table[start:start + tokens, :width]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, within the product where the types agree."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += torch.mm(left, right)
+
+
+def _base(module: Any) -> Any:
+    return getattr(module, "base_layer", module)

@@ -1,0 +1,86 @@
+"""Preference: the loss of DPO (Rafailov et al. 2023), and the rows that it is measured on.
+
+In: pairs of a safe and an unsafe answer to the same prompt, one row after the other. Out: -log sigmoid(beta x margin), where the margin
+is how much more the model has come to prefer the safe answer than it did where the run began. What the model said there is computed
+once, before the first step, so it needs no second model: the start may be the base model, an adapter or a fully trained one.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from emergency_kit.data.pairs import PairRows
+from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.training.loss import neftune_noise
+
+
+@dataclass
+class PairDataset(Dataset):
+    """Pairs as a torch Dataset of (safe row, unsafe row, their log-probabilities under the model that the run began from)."""
+
+    rows: PairRows
+    reference: np.ndarray | None = None  # (pairs, 2), float32
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        reference = [0.0, 0.0] if self.reference is None else self.reference[index].tolist()
+        return {"pair": self.rows[index], "reference": reference}
+
+
+def row_log_probs(hidden: Tensor, labels: Tensor, head: torch.nn.Module) -> Tensor:
+    """Log-probability of each row's supervised tokens, (rows,) in float32. hidden: (rows, length, width); labels: (rows, length)."""
+    targets = labels[:, 1:]
+    wanted = targets != IGNORE
+    found = -F.cross_entropy(head(hidden[:, :-1][wanted]).float(), targets[wanted], reduction="none")
+    return torch.zeros(targets.shape, dtype=torch.float32, device=found.device).masked_scatter(wanted, found).sum(1)
+
+
+def preference_loss(log_probs: Tensor, reference: Tensor, tokens: Tensor, beta: float, sft_weight: float) -> tuple[Tensor, Tensor]:
+    """`(loss of each pair, its margin)`, (pairs,) each. log_probs, reference, tokens: (2 x pairs,), safe and unsafe rows in turn.
+
+    sft_weight: of the safe answer's cross-entropy a token, added to the loss.
+    """
+    moved = log_probs - reference
+    margin = moved[0::2] - moved[1::2]
+    return sft_weight * -log_probs[0::2] / tokens[0::2] - F.logsigmoid(beta * margin), margin
+
+
+def install(causal_lm: torch.nn.Module, beta: float, sft_weight: float, neftune_alpha: float = 0.0) -> None:
+    """Give a causal LM a forward that returns `{"loss", "right"}` of a batch of pairs, or `{"log_probs"}` of its rows without `reference`.
+
+    right: how many pairs have a margin over 0. Divided by `num_items_in_batch`, the pairs of the whole step.
+    """
+    original = causal_lm.forward
+    head = causal_lm.get_output_embeddings()
+
+    def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
+                reference: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:
+        if labels is None:
+            return original(input_ids=input_ids, attention_mask=attention_mask, **options)
+        embedded = self.get_input_embeddings()(input_ids)
+        if neftune_alpha and self.training:
+            embedded = embedded + neftune_noise(embedded, attention_mask.sum(1), neftune_alpha)
+        hidden = self.get_decoder()(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        log_probs = row_log_probs(hidden, labels, head)
+        if reference is None:
+            return {"log_probs": log_probs}
+        losses, margin = preference_loss(log_probs, reference, (labels[:, 1:] != IGNORE).sum(1), beta, sft_weight)
+        return {"loss": losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch), "right": (margin > 0).sum()}
+
+    causal_lm.forward = types.MethodType(forward, causal_lm)
+
+
+def collate_pairs(items: list[dict[str, Any]], collate: Any) -> dict[str, Tensor]:
+    """Tensors of pairs, the safe and the unsafe row in turn: input_ids, attention_mask, labels (2 x pairs, longest), reference (2 x pairs,)."""
+    batch = collate([row for item in items for row in item["pair"]])
+    return {**batch, "reference": torch.tensor([value for item in items for value in item["reference"]], dtype=torch.float32)}

@@ -1,0 +1,76 @@
+"""Time of a step on this machine, from a model of the same shape with one and with two layers of random weights.
+
+In: a model's folder (its config.json alone is read), the config, and the rows of a typical step. Out: seconds of that step, and of its
+forward pass, for all layers: a layer is the difference of the two, what is left is embedding, head and loss. The engine, compute type
+and rows are the run's own, so no efficiency is guessed; other work on the machine shows, though the best of two counts. Limits: the
+optimizer's own step, saving and loading are not in it (1 to 2 % of a run); not for a device that is not here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from emergency_kit.config import Resolved
+from emergency_kit.model.backend import base_name, load_for_training, pick_device, pick_dtype
+from emergency_kit.training.engine import causal_lm_of, install_engine
+from emergency_kit.training.schedule import pass_rows
+from emergency_kit.training.trainer import collate
+
+if TYPE_CHECKING:
+    from emergency_kit.data.tokenize import TokenRows
+
+TRIES = 2
+
+
+def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer: Any, layers: int, fused: bool) -> tuple[float, float]:
+    """`(seconds of forward and backward of the step, of its forward alone)` for a model of so many layers."""
+    training = resolved.config.training
+    size = len(step) if fused else pass_rows(training)
+    batches = [collate([rows[row] for row in step[start:start + size]], 0) for start in range(0, len(step), size)]
+    one, two = (_time_layers(_build(resolved, tokenizer, count), batches) for count in (1, 2))
+    return tuple(first + (layers - 1) * max(0.0, second - first) for first, second in zip(one, two))  # type: ignore[return-value]
+
+
+def _time_layers(model: Any, batches: list[dict[str, Any]]) -> tuple[float, float]:
+    causal_lm = causal_lm_of(model)
+    device = causal_lm.device
+
+    def taken(backward: bool) -> float:
+        started = time.perf_counter()
+        for batch in batches:
+            with torch.set_grad_enabled(backward), torch.autocast(device.type, dtype=torch.bfloat16, enabled=causal_lm.dtype == torch.bfloat16):
+                loss = model(**{name: value.to(device) for name, value in batch.items()})["loss"]
+            if backward:
+                loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
+
+    model.train()
+    taken(True)  # warms up: buffers, threads, kernels
+    both = min(taken(True) for _ in range(TRIES))
+    model.eval()
+    return both, min(taken(False) for _ in range(TRIES))
+
+
+def _build(resolved: Resolved, tokenizer: Any, layers: int) -> Any:
+    """A model of the same shape with fewer layers and random weights, loaded as training loads its own, from a folder that goes at once."""
+    model, training, drawn = resolved.config.model, resolved.config.training, torch.get_rng_state()
+    config = AutoConfig.from_pretrained(base_name(model))
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, dtype=pick_dtype(model, pick_device(model))).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        named = model.model_copy(update={"name": folder, "revision": None})
+        lora = resolved.config.lora.model_copy(update={"init": "default", "adapter": ""})  # where adapters begin costs no time in a step
+        loaded = load_for_training(named, lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full")
+        install_engine(loaded, training, pass_rows(training))
+        torch.set_rng_state(drawn)
+    return loaded.model

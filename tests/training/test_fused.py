@@ -1,0 +1,342 @@
+"""The step by hand against a naive float32 reference: loss and every adapter's gradient, to 1e-5."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.training import loss
+from emergency_kit.training.fused import attention
+from emergency_kit.training.fused.linears import Masks
+from emergency_kit.training.fused.step import FusedStep, unsupported
+from emergency_kit.training.fused.tree import LEAST_SAVED_TOKENS, Row, plan_step
+from emergency_kit.training.trainer import collate
+
+VOCABULARY = 97
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
+         "num_key_value_heads": 2, "attn_implementation": "eager", "max_position_embeddings": 1024}
+FAMILIES = {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+            "llama3 rope, no sharing of keys": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 6, "rope_parameters": {
+                "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64}})),
+            "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None, head_dim=16)),
+            "qwen2, biased": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE))}
+EVERYTHING = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def adapt(base: Any, modules: list[str] | None = None, dropout: float = 0.0, **options: Any) -> Any:
+    """The base model with LoRA whose B is not zero, biases not zero either, so that no gradient hides."""
+    torch.manual_seed(0)
+    adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules=modules or EVERYTHING, task_type="CAUSAL_LM", **options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or name.endswith(".bias"):
+            torch.nn.init.normal_(parameter, std=0.2)
+    return adapted.train()
+
+
+def make_rows(*shapes: tuple[int, int, int], seed: int = 1) -> list[Row]:
+    """Rows of a shared beginning of 60 tokens, for group g > 0 its 50 more, then `length` of their own, the first `prompt` unsupervised."""
+    generator = np.random.default_rng(seed)
+    start, groups = generator.integers(2, VOCABULARY, 60), generator.integers(2, VOCABULARY, (4, 50))
+    rows = []
+    for length, prompt, group in shapes:
+        ids = np.concatenate([start, groups[group] if group else [], generator.integers(2, VOCABULARY, length)]).astype(np.int64)
+        labels = ids.copy()
+        labels[:len(ids) - length + prompt] = IGNORE
+        rows.append(Row(ids, labels))
+    return rows
+
+
+# Two rows of one group, one of another, one short, one with a single label, one longer than a block of queries.
+ROWS = make_rows((23, 11, 0), (31, 20, 1), (9, 8, 1), (17, 4, 2), (400, 150, 0))
+
+
+def naive(model: Any, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
+    """Every row alone through transformers' modules, all logits, the mean over all labels."""
+    total, count = torch.zeros(()), 0
+    model.zero_grad()
+    for row in rows:
+        logits = model(input_ids=torch.from_numpy(row.ids)[None]).logits[0].log_softmax(-1)
+        for position in np.flatnonzero(row.labels[1:] != IGNORE):
+            total = total - logits[position, row.labels[position + 1]]
+            count += 1
+    (total / max(count, 1)).backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}
+    model.zero_grad()
+    return float(total.detach() / max(count, 1)), found
+
+
+def by_hand(model: Any, rows: list[Row], **options: Any) -> tuple[float, dict[str, torch.Tensor], FusedStep]:
+    """The same through the fused step, in passes of two rows unless told otherwise."""
+    step = FusedStep(model.get_base_model(), **{"pass_rows": 2, **options})
+    model.zero_grad()
+    value = step(rows, None)
+    value.backward()
+    return float(value.detach()), {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.requires_grad}, step
+
+
+def assert_equal(found: tuple[float, dict[str, torch.Tensor]], expected: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    for name, gradient in expected[1].items():
+        assert gradient.abs().max() > 1e-7, name
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-5 * float(gradient.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_equals_the_reference(family: str) -> None:
+    model = adapt(FAMILIES[family]())
+    assert unsupported(model) is None
+    expected = naive(model, ROWS)
+    *found, step = by_hand(model, ROWS)
+    assert_equal(tuple(found), expected)
+    # The beginning of all and the group's own are computed once.
+    assert step.last_plan.tokens == sum(len(row.ids) for row in ROWS) - 4 * 60 - 50
+
+
+@pytest.mark.parametrize("options", [{"share": False}, {"recompute": True}, {"recompute": True, "share": False}, {"pass_rows": 1}, {"pass_rows": 8}],
+                         ids=str)
+def test_passes_sharing_and_recomputing_change_nothing(options: dict[str, Any]) -> None:
+    model = adapt(FAMILIES["llama"]())
+    expected = naive(model, ROWS)
+    assert_equal(by_hand(model, ROWS, **options)[:2], expected)
+
+
+@pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["k_proj"], ["down_proj"], ["o_proj", "up_proj"]], ids=str)
+def test_any_set_of_modules_equals_the_reference(modules: list[str]) -> None:
+    model = adapt(FAMILIES["llama"](), modules)
+    expected = naive(model, ROWS)
+    assert_equal(by_hand(model, ROWS)[:2], expected)
+
+
+def test_adapters_in_upper_layers_alone_equal_the_reference_and_nothing_below_is_computed_back() -> None:
+    model = adapt(FAMILIES["llama"](), layers_to_transform=[1, 2], use_rslora=True)
+    expected = naive(model, ROWS)
+    *found, step = by_hand(model, ROWS)
+    assert step.lowest == 1
+    assert_equal(tuple(found), expected)
+
+
+def test_the_order_of_rows_does_not_matter() -> None:
+    model = adapt(FAMILIES["llama"]())
+    expected = naive(model, ROWS)
+    assert_equal(by_hand(model, [ROWS[index] for index in (3, 0, 4, 2, 1)])[:2], expected)
+
+
+def test_through_the_installed_forward_padding_changes_nothing() -> None:
+    model = adapt(FAMILIES["llama"]())
+    expected = naive(model, ROWS)
+    loss.install(model.get_base_model(), FusedStep(model.get_base_model(), 2))
+    batch = collate([{"input_ids": row.ids.tolist(), "labels": row.labels.tolist()} for row in ROWS], pad_id=0)
+    for extra in (0, 30):  # columns of padding beyond the longest row
+        padded = {name: torch.nn.functional.pad(value, (0, extra), value=IGNORE if name == "labels" else 0) for name, value in batch.items()}
+        model.zero_grad()
+        value = model(**padded)["loss"]
+        value.backward()
+        assert_equal((float(value.detach()), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}), expected)
+
+
+def test_one_pass_of_eight_equals_eight_of_one_added_up() -> None:
+    model, rows = adapt(FAMILIES["llama"]()), ROWS + make_rows((40, 20, 3), (55, 3, 3), (12, 6, 0), seed=2)
+    labels = sum(int((row.labels[1:] != IGNORE).sum()) for row in rows)
+    whole = by_hand(model, rows, pass_rows=8)[:2]
+    step, total = FusedStep(model.get_base_model(), 1), 0.0
+    model.zero_grad()
+    for row in rows:
+        value = step([row], labels)
+        value.backward()
+        total += float(value.detach())
+    assert_equal((total, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}), whole)
+
+
+def test_attention_never_crosses_rows() -> None:
+    """Other tokens in the row beside it leave a row's last hidden states as they were, bit for bit; in its own beginning they do not."""
+    model = adapt(FAMILIES["llama"]())
+    step = FusedStep(model.get_base_model(), 4)
+    mine, other = ROWS[3], make_rows((37, 12, 0), seed=9)[0]
+    changed = Row(np.concatenate([other.ids[:61], (other.ids[61:] + 1) % VOCABULARY]), other.labels)
+    seen: list[torch.Tensor] = []
+    original = step._loss
+    step._loss = lambda part, x, divisor, backward: (seen.append(x[:part.nodes[0].length].clone()), original(part, x, divisor, backward))[1]
+    with torch.no_grad():
+        for rows in ([mine, other], [mine, changed], [Row(np.concatenate([[5], mine.ids[1:]]), mine.labels), other]):
+            step(rows, 1)
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2][-len(seen[0]):])
+
+
+def test_rows_without_a_label_give_nothing_and_a_step_of_them_gives_zeros() -> None:
+    model = adapt(FAMILIES["llama"]())
+    masked = [Row(row.ids, np.full_like(row.labels, IGNORE)) for row in ROWS[:2]]
+    expected = naive(model, ROWS)
+    assert_equal(by_hand(model, [masked[0], *ROWS, masked[1]])[:2], expected)
+    value, gradients, step = by_hand(model, masked)
+    assert value == 0.0 and step.last_plan.tokens == 0 and all(not gradient.any() for gradient in gradients.values())
+
+
+def test_a_row_of_exactly_the_longest_length_equals_the_reference() -> None:
+    model = adapt(FAMILIES["llama"]())
+    rows = make_rows((1024 - 60, 700, 0), (5, 2, 0))
+    assert len(rows[0].ids) == SHAPE["max_position_embeddings"]
+    expected = naive(model, rows)
+    assert_equal(by_hand(model, rows)[:2], expected)
+
+
+def test_labels_anywhere_in_a_row_equal_the_reference() -> None:
+    model = adapt(FAMILIES["llama"]())
+    rows = make_rows((50, 5, 1), (60, 5, 1))
+    rows[0].labels[70:90] = IGNORE  # inside
+    rows[1].labels[20:25] = rows[1].ids[20:25]  # within what both begin with: nothing after position 19 may be shared
+    expected = naive(model, rows)
+    *found, step = by_hand(model, rows)
+    assert_equal(tuple(found), expected)
+    assert step.last_plan.shared.tokens <= 19
+
+
+def test_bfloat16_stays_within_its_noise_of_the_float32_reference() -> None:
+    model = adapt(FAMILIES["llama"]())
+    expected = naive(model, ROWS)
+    half = copy.deepcopy(model)
+    for parameter in half.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    value, gradients, _ = by_hand(half, ROWS)
+    assert value == pytest.approx(expected[0], rel=0.01)
+    flat, reference = (torch.cat([found[name].flatten() for name in expected[1]]) for found in (gradients, expected[1]))
+    assert torch.nn.functional.cosine_similarity(flat, reference, dim=0) > 0.999
+    assert float(flat.norm() / reference.norm()) == pytest.approx(1, abs=0.02)
+    assert {gradient.dtype for gradient in gradients.values()} == {torch.float32}
+
+
+def test_dropout_is_off_in_evaluation_and_right_in_expectation() -> None:
+    """The mean gradient of B in the topmost module is linear in the dropped input, so its expectation is that without dropout."""
+    model = adapt(FAMILIES["llama"](), ["down_proj"], dropout=0.3, layers_to_transform=[2])
+    step = FusedStep(model.get_base_model(), 4)
+    name = next(name for name, _ in model.named_parameters() if "layers.2" in name and "lora_B" in name)
+    parameter = dict(model.named_parameters())[name]
+    with torch.no_grad():
+        for other, value in model.named_parameters():
+            if "lora_B" in other:
+                value.zero_()  # then dropout changes no activation, only z
+    model.eval()
+    _, gradients = step.run(ROWS, None, backward=True)
+    exact = gradients[1].clone()
+    assert torch.equal(exact, step.run(ROWS, None, backward=True)[1][1])
+    model.train()
+    torch.manual_seed(5)
+    drawn = torch.stack([step.run(ROWS, None, backward=True)[1][1] for _ in range(300)])
+    assert parameter.shape == exact.shape and float(drawn.std(0).max()) > 0
+    z = (drawn.mean(0) - exact) / (drawn.std(0) / 300 ** 0.5 + 1e-12)
+    assert float(z.abs().mean()) == pytest.approx(0.8, abs=0.25)  # the mean of |N(0, 1)|
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(1, 900), st.integers(8, 300), st.floats(0.01, 0.9), st.integers(0, 2**31))
+def test_masks_drop_as_often_as_asked_and_differ_from_token_to_token(tokens: int, width: int, dropout: float, seed: int) -> None:
+    torch.manual_seed(seed)
+    masks = Masks(tokens, 300, dropout, torch.float32, torch.device("cpu"))
+    kept = masks.draw(tokens, width)
+    places = tokens * width
+    assert kept.shape == (tokens, width) and set(kept.unique().tolist()) <= {0.0, 1.0}
+    assert abs(float(kept.sum()) - places * (1 - dropout)) < 6 * (places * dropout * (1 - dropout)) ** 0.5 + 3
+    starts = {masks.draw(tokens, width).data_ptr() for _ in range(20)}
+    assert len(starts) > 10
+
+
+def test_neftune_changes_training_alone() -> None:
+    model = adapt(FAMILIES["llama"]())
+    plain, noisy = FusedStep(model.get_base_model(), 2), FusedStep(model.get_base_model(), 2, neftune_alpha=5.0)
+    with torch.no_grad():
+        assert float(noisy(ROWS, None)) != float(plain(ROWS, None))
+        assert noisy.last_plan.shared.tokens == 0 < plain.last_plan.shared.tokens
+        model.eval()
+        assert float(noisy(ROWS, None)) == float(plain(ROWS, None))
+
+
+def test_the_same_seed_gives_the_same_bits() -> None:
+    base = FAMILIES["llama"]()
+
+    def once() -> list[torch.Tensor]:
+        model = adapt(copy.deepcopy(base), dropout=0.1)
+        torch.manual_seed(3)
+        return FusedStep(model.get_base_model(), 2).run(ROWS, None, backward=True)[1]
+
+    assert all(torch.equal(left, right) for left, right in zip(once(), once(), strict=True))
+
+
+def test_buffers_stop_growing_once_the_longest_pass_was_seen() -> None:
+    model = adapt(FAMILIES["llama"]())
+    step = FusedStep(model.get_base_model(), 2)
+
+    def held() -> int:
+        return sum(memory.numel() for buffers in (step.scratch, step.kept, step.shared_kept) for memory in buffers.memory.values())
+
+    step.run(ROWS, None, backward=True)
+    first = held()
+    for rows in (ROWS[:3], ROWS[2:], ROWS):
+        step.run(rows, None, backward=True)
+    assert held() == first
+
+
+def test_modules_still_work_beside_it() -> None:
+    model = adapt(FAMILIES["llama"]())
+    before = naive(model, ROWS)
+    FusedStep(model.get_base_model(), 2)
+    assert_equal(naive(model, ROWS), before)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.integers(2, 60), st.integers(0, 59)), min_size=1, max_size=9), st.integers(1, 4))
+def test_a_plan_holds_every_row_once(shapes: list[tuple[int, int, int, int]], pass_rows: int) -> None:
+    """Following a row's ancestors and its own node gives back its tokens, and every label has its one place."""
+    pools = np.random.default_rng(0).integers(2, 50, (2, 4, 60))
+    rows = []
+    for first, second, own, prompt in shapes:
+        ids = np.concatenate([pools[0, first], pools[1, second], np.random.default_rng(own).integers(2, 50, own)]).astype(np.int64)
+        labels = ids.copy()
+        labels[:len(ids) - own + min(prompt, own)] = IGNORE
+        rows.append(Row(ids, labels))
+    plan = plan_step(rows, pass_rows)
+    learning = [row for row in rows if row.first_predicting < len(row.ids)]
+    leaves = [(part, node) for part in plan.passes for node in part.nodes]
+    assert len(leaves) == len(learning) and all(len(part.nodes) <= pass_rows for part in plan.passes)
+    assert not (plan.shared.targets != IGNORE).any()
+    for row, (part, node) in zip(learning, leaves):
+        pieces = [plan.shared.ids[start:end] for start, end in node.ancestors] + [part.ids[node.start:node.end]]
+        assert np.array_equal(np.concatenate(pieces), row.ids) and node.first == len(row.ids) - node.length
+        positions = np.arange(node.first, len(row.ids) - 1)
+        assert np.array_equal(part.targets[node.start:node.end - 1], row.labels[positions + 1]) and part.targets[node.end - 1] == IGNORE
+        assert (row.labels[1:node.first + 1] == IGNORE).all()
+    saved = sum(len(row.ids) for row in learning) - plan.tokens
+    assert saved >= LEAST_SAVED_TOKENS * len(plan.shared.nodes)
+
+
+def test_blocks_cover_every_query_and_key_it_may_see() -> None:
+    plan = plan_step(ROWS, 2)
+    for part in [plan.shared, *plan.passes]:
+        for node, found in zip(part.nodes, attention.plan_blocks(part), strict=True):
+            assert [found[0].start, found[-1].end] == [node.start, node.end]
+            assert all(left.end == right.start for left, right in zip(found, found[1:]))
+            before = sum(end - start for start, end in node.ancestors)
+            assert all(block.keys == before + block.end - node.start for block in found)
+
+
+@pytest.mark.parametrize("base, lora, reason", [
+    (lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "hidden_act": "gelu"})), {}, "an activation"),
+    (lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=64)), {}, "sliding-window"),
+    (FAMILIES["llama"], {"use_dora": True}, "DoRA"),
+    (FAMILIES["llama"], {"modules_to_save": ["lm_head"]}, "modules trained in full"),
+    (lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}})), {}, "rope of type dynamic"),
+])
+def test_what_it_cannot_take_is_named(base: Any, lora: dict[str, Any], reason: str) -> None:
+    model = get_peft_model(base(), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM", **lora))
+    assert reason in unsupported(model)

@@ -1,0 +1,46 @@
+"""One of two ranks: a step of half the rows each under DistributedDataParallel, whose gradients go to a file.
+
+Run twice by test_two_ranks.py: python tests/training/two_ranks.py ENGINE FILE RANK PORT
+"""
+
+import faulthandler
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.training import loss
+from emergency_kit.training.fused.step import FusedStep
+from emergency_kit.training.trainer import collate
+from tests.training.test_fused import FAMILIES, ROWS, adapt
+
+
+def main(engine: str, file: str, rank: int, port: int, ranks: int = 2) -> None:
+    """Every rank takes every second row; the loss is divided by all labels and scaled by ranks, since DDP takes the mean."""
+    faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits for ever says where
+    store = dist.TCPStore("127.0.0.1", port, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    torch.manual_seed(7)
+    model = adapt(FAMILIES["llama"]())
+    loss.install(model.get_base_model(), FusedStep(model.get_base_model(), 2) if engine == "fused" else None)
+    labels = torch.tensor(sum(int((row.labels[1:] != IGNORE).sum()) for row in ROWS))
+    batch = collate([{"input_ids": row.ids.tolist(), "labels": row.labels.tolist()} for row in ROWS[rank::ranks]], pad_id=0)
+    parallel = DistributedDataParallel(model)
+    for _ in range(2):  # twice: the reducer rebuilds its buckets after the first
+        model.zero_grad()
+        value = parallel(**batch, num_items_in_batch=labels)["loss"] * ranks
+        value.backward()
+    total = value.detach() / ranks
+    dist.all_reduce(total)
+    if rank == 0:
+        torch.save({"loss": float(total), "gradients": {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}}, file)
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(ranks)])
+    os._exit(0)  # neither leaves before both are done, and without gloo's teardown: it was seen to wait for a rank that had left
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
