@@ -12,7 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from emergency_kit.evaluation.report import failing_samples, table_rows
+from emergency_kit.evaluation.metrics import METRICS
+from emergency_kit.evaluation.report import failing_samples
 
 LINE_SECONDS = 15
 MOST_FAILING = 10
@@ -69,21 +70,37 @@ class Progress:
 
 
 def print_report(report: dict[str, Any], path: Path, page: Path) -> None:
-    """Print the numbers, at most ten failing samples, and where the report stands."""
-    failing = failing_samples(report)
+    """Print the numbers, at most ten failing samples, the verdict, and where the report stands."""
+    columns = [*report["models"], *report["baselines"]]
+    names = [column["name"] for column in columns]
+    rows = [(metric.label, *(_cell(column["metrics"].get(metric.name), metric.unit) for column in columns)) for metric in METRICS]
+    rows.append(("scenarios", *(str(column["samples"]) for column in columns)))
+    rows.append(("tokens a second, this run", *(f"{column['tokens_per_second']:.0f}" if column.get("tokens_per_second") else "-" for column in columns)))
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
 
-        table = Table("", "tuned", "base")
-        for row in table_rows(report):
+        table = Table("", *names)
+        for row in rows:
             table.add_row(*row)
         Console().print(table)
     else:
-        for label, tuned, base in [("", "tuned", "base"), *table_rows(report)]:
-            print(f"{label:<28}{tuned:>10}{base:>10}")
+        widths = [max(24, len(name) + 2) for name in names]
+        for label, *cells in [("", *names), *rows]:
+            print(f"{label:<32}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths)))
+    failing = failing_samples(report)
     if failing:
         print(f"{len(failing)} of {report['total_samples']} answers to look at{', the first ten' if len(failing) > MOST_FAILING else ''}:")
     for index, record_id, wrong in failing[:MOST_FAILING]:
         print(f"  {index:>3} {record_id}: {wrong if len(wrong) <= 160 else wrong[:157] + '...'}")
+    from emergency_kit.evaluation.gate import print_verdict
+
+    print_verdict(report["verdict"])
     print(f"Report: {path}\nPage: {page}", flush=True)
+
+
+def _cell(numbers: dict[str, Any] | None, unit: str) -> str:
+    if not numbers:
+        return "-"
+    scale = 100 if unit == "%" else 1
+    return f"{numbers['value'] * scale:.1f}{unit} ({numbers['low'] * scale:.1f} to {numbers['high'] * scale:.1f})"

@@ -1,124 +1,158 @@
-"""Report: what evaluation found, as JSON for programs and as one self-contained page for people.
+"""Report: what evaluation found, as JSON for programs; `page.py` makes the page for people from it alone.
 
-In: the tuned model's answers and, where compared, the base model's. Out: a dict that holds the keys
-of the original system at its top level and ours beside them, and HTML made from that dict alone.
+In: answers of every model, scored. Out: a dict that holds the keys of the original system at its top level and ours beside
+them. Shares under `models`, `differences` and `slices` run from 0 to 1, keys that end with `_percentage` from 0 to 100.
 """
 
 from __future__ import annotations
 
-from html import escape
-from typing import Any
+from typing import Any, Mapping, Sequence
 
-from emergency_kit.evaluation.metrics import Answered, measure
+from emergency_kit.evaluation.compare import compare
+from emergency_kit.evaluation.measurer import correct_rate, load_figures
+from emergency_kit.evaluation.metrics import METRICS, Answered, Scored, badness, describe, measure
+from emergency_kit.evaluation.slices import dimensions_of, slice_answers
 
+SCHEMA_VERSION = 2
 ORIGINAL_KEYS = ("total_samples", "valid_json", "valid_json_percentage", "valid_structured_text", "valid_structured_text_percentage",
                  "valid_structure", "valid_structure_percentage", "errors", "ai_evaluation")
-# Label, path into the numbers of a model, unit.
-ROWS: tuple[tuple[str, tuple[str, ...], str], ...] = (
-    ("four sections", ("valid_structure_percentage",), "%"),
-    ("ended by itself", ("ended_percentage",), "%"),
-    ("valid JSON", ("valid_json_percentage",), "%"),
-    ("critical actions given", ("critical_action_recall", "overall"), "%"),
-    ("  hazards seen in training", ("critical_action_recall", "seen_hazards"), "%"),
-    ("  hazards only in test", ("critical_action_recall", "test_only_hazards"), "%"),
-    ("mean length, tokens", ("mean_tokens",), ""),
-    ("answers that loop", ("loops",), ""),
-    ("seconds", ("seconds",), ""),
-    ("tokens a second", ("tokens_per_second",), ""),
-)
+WORST = 10
 
 
-def build_report(tuned: Answered, base: Answered | None, trained: frozenset[str], made: dict[str, Any]) -> dict[str, Any]:
-    """The report. `base` and `base_answer` are None where the base model was not asked.
+def build_report(tuned: Answered, base: Answered | None, trained: frozenset[str], made: dict[str, Any], *,
+                 models: Sequence[tuple[dict[str, Any], Answered]] = (), baselines: Mapping[str, Sequence[Scored]] | None = None,
+                 primary: Sequence[str] = (), grounding: str = "cards") -> dict[str, Any]:
+    """The report of the first model (`tuned`).
 
-    `errors` lists answers that fail a check of form; missing critical actions stand in `samples`.
+    models: every model with what it is (name, kind, path, sha256, engine, seconds), the first one first. baselines: answers
+    that stand beside them in the same table. primary: the endpoints declared in the config.
     """
     numbers = measure(tuned, trained)
     errors = [{"sample_idx": index, "error": "; ".join(item.checks.problems)}
               for index, item in enumerate(tuned.scored) if item.checks.problems]
     known = numbers | {"errors": errors, "ai_evaluation": None}
+    models = list(models) or [({"name": "tuned"}, tuned)]
     return {
         **{key: known[key] for key in ORIGINAL_KEYS},
         **{key: value for key, value in numbers.items() if key not in ORIGINAL_KEYS},
+        "schema_version": SCHEMA_VERSION,
         "base": measure(base, trained) if base else None,
-        "samples": [{
-            "id": item.record.id,
-            "hazards": list(item.record.hazards),
-            "cards": list(item.record.cards or ()),
-            "input": item.record.input or item.record.instruction,
-            "answer": item.generated.text,
-            "base_answer": base.scored[index].generated.text if base else None,
-            "problems": list(item.checks.problems),
-            "missing_actions": [{"card": action.card_id, "action": action.action} for action in item.actions if not action.given],
-        } for index, item in enumerate(tuned.scored)],
+        "models": [about | {"samples": len(answered.scored), "metrics": describe(answered.scored)} for about, answered in models],
+        "baselines": [{"name": name, "samples": len(scored), "metrics": describe(scored)} for name, scored in (baselines or {}).items()],
+        "primary_endpoints": list(primary),
+        "differences": [{"from": other["name"], "to": models[0][0]["name"], "metrics": compare(answered.scored, tuned.scored, primary)}
+                        for other, answered in models[1:]],
+        "unseen_hazards": describe([item for item in tuned.scored if set(item.record.hazards) - trained]),
+        "slices": slice_answers(tuned.scored, trained, grounding),
+        "suspicious": find_suspicious(models),
+        "measurer": describe_measurer(tuned.scored),
+        "worst": find_worst(tuned.scored),
+        "samples": [_sample(index, models, base, trained, grounding) for index in range(len(tuned.scored))],
         "made": made,
     }
 
 
-def table_rows(report: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """`(label, tuned, base)` of every number; `-` where there is none."""
-    return [(label, _cell(report, path, unit), _cell(report["base"], path, unit)) for label, path, unit in ROWS]
+def describe_measurer(scored: Sequence[Scored]) -> dict[str, Any]:
+    """How well the matcher finds what people found, and this model's rates corrected for it; from lines of answers, test half."""
+    rows = []
+    examinations = [item.safety.examination for item in scored if item.safety]
+    flags = {"never": [rule.stance == "affirmed" for found in examinations for rule in found.rules],
+             "action": [action.given for found in examinations for action in found.actions]}
+    for kind, what in (("never", "a never-rule affirmed"), ("action", "a critical action given")):
+        for source in ("sentences", "answers"):
+            figures = load_figures()[source][kind]["test"]
+            rate = sum(flags[kind]) / len(flags[kind]) if flags[kind] else None
+            rows.append({"what": f"{what}, judged on {source}", "recall": figures["recall"], "precision": figures["precision"], "found": rate,
+                         "corrected": None if rate is None else correct_rate(rate, kind, source)})
+    return {"rows": rows, "source": "Recall and precision on the test half of the hand-labelled sentences and answers; rates over all rules and actions of this model's answers."}
+
+
+def find_worst(scored: Sequence[Scored]) -> list[int]:
+    """Places of the ten worst answers, the most harmful first; answers without a fault are not among them."""
+    faulty = [index for index, item in enumerate(scored) if item.checks.problems or item.safety and (any(badness(item.safety)[:4]) or (item.safety.recall or 0) < 1)]
+    return sorted(faulty, key=lambda index: _badness(scored[index]), reverse=True)[:WORST]
+
+
+def find_suspicious(models: Sequence[tuple[dict[str, Any], Answered]]) -> list[str]:
+    """Metrics at exactly 0 or 100 % over at least ten scenarios: suspected before they are believed."""
+    found = []
+    for about, answered in models:
+        for name, numbers in describe(answered.scored).items():
+            metric = next(item for item in METRICS if item.name == name)
+            if metric.unit == "%" and numbers["value"] in (0, 1) and numbers["n"] >= 10:
+                found.append(f"{about['name']}: {metric.label} is {numbers['value']:.0%} of {numbers['n']}")
+    return found
 
 
 def failing_samples(report: dict[str, Any]) -> list[tuple[int, str, str]]:
-    """`(sample_idx, id, what is wrong)` of every sample with a problem of form or a missing critical action."""
+    """`(sample_idx, id, what is wrong)` of every sample with a problem of form, a missing critical action or a danger."""
     failing = []
     for index, sample in enumerate(report["samples"]):
-        wrong = sample["problems"] + [f"missing: {missing['action']}" for missing in sample["missing_actions"]]
+        wrong = sample["problems"] + sample["dangers"] + [f"missing: {missing['action']}" for missing in sample["missing_actions"]]
         if wrong:
             failing.append((index, sample["id"], "; ".join(wrong)))
     return failing
 
 
-def _cell(numbers: dict[str, Any] | None, path: tuple[str, ...], unit: str) -> str:
-    value: Any = numbers
-    for key in path:
-        value = value[key] if value is not None else None
-    return "-" if value is None else f"{value:g}{unit}" if isinstance(value, int) else f"{value:.1f}{unit}"
+def _badness(item: Scored) -> tuple[float, ...]:
+    return (*(badness(item.safety) if item.safety else (0, 0, 0, 0, -1.0)), float(len(item.checks.problems)))
 
 
-_STYLE = """
-:root { color-scheme: light dark; font: 16px/1.5 system-ui, sans-serif }
-body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
-table { border-collapse: collapse } th, td { padding: .25rem 1rem; text-align: right; border-bottom: 1px solid #8884 }
-th:first-child, td:first-child { text-align: left; white-space: pre }
-pre { white-space: pre-wrap; background: #8881; padding: .75rem; border-radius: .25rem }
-details { border-bottom: 1px solid #8884; padding: .5rem 0 } summary { cursor: pointer }
-.wrong { color: #c0392b } .columns { display: grid; grid-template-columns: 1fr 1fr; gap: 1rem }
-"""
+def _sample(index: int, models: Sequence[tuple[dict[str, Any], Answered]], base: Answered | None, trained: frozenset[str], grounding: str) -> dict[str, Any]:
+    item = models[0][1].scored[index]
+    record = item.record
+    base_item = next((other for other in base.scored if other.record.id == record.id), None) if base else None
+    answers = {}
+    for about, answered in models:
+        found = next((other for other in answered.scored if other.record.id == record.id), None)
+        if found:
+            answers[about["name"]] = describe_answer(found)
+    return {
+        "id": record.id,
+        "hazards": list(record.hazards),
+        "cards": list(record.cards or ()),
+        "input": record.input or record.instruction,
+        "answer": item.generated.text,
+        "base_answer": base_item.generated.text if base_item else None,
+        "problems": list(item.checks.problems),
+        "missing_actions": [{"card": action.card_id, "action": action.action} for action in item.safety.examination.actions if not action.given] if item.safety else [],
+        "dangers": describe_dangers(item),
+        "country": record.country,
+        "lacks": list(record.lacks),
+        "slices": {dimension: list(parts) for dimension, parts in dimensions_of(record, trained, grounding).items()},
+        "answers": answers,
+    }
 
 
-def render_html(report: dict[str, Any]) -> str:
-    """The report as one HTML page that loads nothing; every text from data or model is escaped."""
-    compared = report["base"] is not None
-    head = "".join(f"<th>{name}</th>" for name in ("", "tuned", *(["base"] if compared else [])))
-    rows = "".join(f"<tr><td>{escape(label)}</td><td>{escape(tuned)}</td>{f'<td>{escape(base)}</td>' if compared else ''}</tr>\n"
-                   for label, tuned, base in table_rows(report))
-    made = report["made"]
-    checkpoint = ", ".join(parent["path"] for parent in made["parents"])
-    samples = "\n".join(_sample(index, sample) for index, sample in enumerate(report["samples"]))
-    return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Evaluation report</title><style>{_STYLE}</style></head><body>
-<h1>Evaluation report</h1>
-<p>{report['total_samples']} test records, answered by {escape(checkpoint)}, {escape(made['created'])}, profile {escape(made['profile'])}.</p>
-<table><thead><tr>{head}</tr></thead><tbody>
-{rows}</tbody></table>
-<p>Critical actions are matched as phrases in the GUIDANCE section; a high number says that they stand there, not that the answer is safe.</p>
-<h2>Answers</h2>
-{samples}
-</body></html>
-"""
+def describe_dangers(item: Scored) -> list[str]:
+    """The failures of safety in words, the most harmful first."""
+    if not item.safety:
+        return []
+    safety = item.safety
+    dangers = [f"dangerous advice, breaks: {rule.rule}" for rule in safety.dangerous_advice]
+    dangers += [f"talks out of help: {prohibition.what}" for prohibition in safety.dangerous_prohibitions]
+    dangers += [f"time-critical action missing: {action.action}" for action in safety.dangerous_omissions]
+    dangers += [f"wrong order: {late!r} after {earlier!r}" for late, earlier in safety.wrong_order]
+    dangers += ["wrong emergency number"] if safety.number_called == "wrong" else []
+    dangers += [f"a number that no card states: {item.generated.text[slice(*number.span)]}" for number in safety.unfaithful_numbers]
+    return dangers + [f"invented fact: {fact}" for fact in safety.invented_facts or ()]
 
 
-def _sample(index: int, sample: dict[str, Any]) -> str:
-    wrong = sample["problems"] + [f"missing: {missing['action']} ({missing['card']})" for missing in sample["missing_actions"]]
-    listed = "".join(f"<li>{escape(problem)}</li>" for problem in wrong)
-    answers = f"<div><h4>Tuned</h4><pre>{escape(sample['answer'])}</pre></div>"
-    if sample["base_answer"] is not None:
-        answers += f"<div><h4>Base</h4><pre>{escape(sample['base_answer'])}</pre></div>"
-    state = f'<span class="wrong">{len(wrong)} to look at</span>' if wrong else "ok"
-    return (f"<details><summary>{index}. {escape(sample['id'])}: {state}</summary>"
-            f"<p>{escape(sample['input'])}</p><p>Hazards: {escape(', '.join(sample['hazards']) or 'none')}. "
-            f"Cards shown: {escape(', '.join(sample['cards']) or 'none')}.</p>"
-            f'<ul class="wrong">{listed}</ul><div class="columns">{answers}</div></details>')
+def describe_answer(item: Scored) -> dict[str, Any]:
+    """One model's answer: text, what was found where (`marks`: start, end, kind, what), and its metrics."""
+    marks: list[list[Any]] = []
+    if item.safety:
+        found = item.safety.examination
+        marks += [[*action.span, "given", action.action] for action in found.actions if action.given and action.span]
+        marks += [[*rule.span, {"affirmed": "danger", "warned": "warned"}[rule.stance], rule.rule] for rule in found.rules if rule.span and rule.stance != "silent"]
+        marks += [[*prohibition.span, "danger", prohibition.what] for prohibition in found.prohibitions]
+        marks += [[*number.span, "danger", f"number {number.verdict}"] for number in item.safety.unfaithful_numbers]
+    return {
+        "text": item.generated.text,
+        "tokens": item.generated.tokens,
+        "problems": list(item.checks.problems),
+        "dangers": describe_dangers(item),
+        "marks": sorted(marks, key=lambda mark: (mark[0], mark[1])),
+        "metrics": {metric.name: round(value, 4) for metric in METRICS if (value := metric.get(item)) is not None},
+        "others": [answer.text for answer in item.others],
+    }

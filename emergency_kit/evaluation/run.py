@@ -1,63 +1,123 @@
-"""Evaluate: answer the test split with the tuned model and its base, score both, write the report.
+"""Evaluate: answer the test split with a model and others beside it, score all, write the report.
 
-In: a resolved config and a checkpoint. Out: `evaluation_report.json` and `report.html` beside it, written
-whole or not at all. Answers are greedy, so a second run on the same machine gives the same report.
-Run: `emergency-kit evaluate`.
+In: a resolved config and what answers: by default the finished model and its base. Out: `evaluation_report.json` and
+`report.html` beside it, written whole or not at all; answers are kept under `<output_dir>/cache/answers` as they end, so that
+an interrupted run goes on where it was and a repeated one gives the same report.
+Run: `emergency-kit evaluate`, with others: `emergency-kit evaluate --compare outputs/merged/final outputs/gguf/final-q8_0.gguf`.
 """
 
 from __future__ import annotations
 
+import json
 import random
-import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Mapping, Sequence
+from typing import Any, Mapping, Sequence
 
-from emergency_kit import artifacts
+from emergency_kit import artifacts, files
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.load import dataset_hash, load_split, open_split
 from emergency_kit.errors import DataError, Interrupted, UsageError
+from emergency_kit.evaluation import baselines
 from emergency_kit.evaluation.console import Progress, print_report
-from emergency_kit.evaluation.metrics import Answered, score
-from emergency_kit.evaluation.report import build_report, render_html
-from emergency_kit.inference.engine import Engine
+from emergency_kit.evaluation.contestant import Contestant, open_contestant
+from emergency_kit.evaluation.gate import decide
+from emergency_kit.evaluation.metrics import BY_NAME, Answered, Scored, score
+from emergency_kit.evaluation.page import render_html
+from emergency_kit.evaluation.report import build_report
+from emergency_kit.inference.engines import Generated, Messages
 from emergency_kit.knowledge.cards import Card, load_cards
-from emergency_kit.model import backend
-from emergency_kit.model.backend import Loaded
 
 
-def evaluate(resolved: Resolved, checkpoint: Path | None = None, out: Path | None = None) -> Path:
+def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path | None = None, compare: Sequence[str] = (),
+             ai: bool = False, yes: bool = False) -> Path:
     """Answer and score the test split; returns the report's path.
 
-    checkpoint: adapter, merged or base folder; by default the config's finished model. out: the
-    report file; by default `<output_dir>/evaluation_report.json`. Raises UsageError when the report
-    cannot be written, ModelError or DataError before anything is generated, Interrupted on Ctrl-C.
+    checkpoint: adapter, merged or base folder, GGUF file or endpoint; by default the first of `compare`, else the config's
+    finished model. compare: others beside it. ai: ask a judge, too; yes: without asking before money is spent. out: the report file; by default
+    `<output_dir>/evaluation_report.json`. Raises UsageError when the report cannot be written, ModelError or DataError before
+    anything is generated, Interrupted on Ctrl-C, when the answers so far are kept.
     """
     config = resolved.config
-    checkpoint = Path(checkpoint or Path(config.training.output_dir) / "checkpoints" / config.training.model_name)
+    specs = [str(spec) for spec in ([checkpoint] if checkpoint else []) + list(compare)] or [str(finished_model(resolved))]
     out = Path(out or Path(config.training.output_dir) / "evaluation_report.json")
-    backend.check_checkpoint(checkpoint, config.model)
-    if config.evaluation.compare_base:
-        backend.require_base(config.model)
+    _check_primary(config.evaluation.primary_endpoints)
+    if ai:
+        from emergency_kit.evaluation.judge import open_judge
+
+        open_judge(resolved)  # a missing key is said before anything is generated
+    opened = [open_contestant(resolved, spec, name) for spec, name in zip(specs, _names(specs))]
+    if config.evaluation.compare_base and "base" not in specs:
+        opened.append(open_contestant(resolved, "base", "base"))
     page = _check_output(out)
+    task = _load_task(resolved)
+    last = _load_last(out)
+    print(f"Answering {len(task.records)} of {task.available} test records with {', '.join(item.name for item in opened)}", flush=True)
+    try:
+        answered = [_answer(resolved, item, task, fewer=item.is_base and place > 0) for place, item in enumerate(opened)]
+        beside = _baselines(resolved, opened, answered, task)
+        report = _build(resolved, opened, answered, beside, task)
+        _add_parts(resolved, report, opened, answered, ai, yes)
+        report["last_run"] = last
+        report["verdict"] = decide(resolved, report)
+        artifacts.save_text(page, render_html(report))
+        artifacts.save_json(out, report)
+    except KeyboardInterrupt:
+        raise Interrupted(f"evaluation interrupted; {out} is as it was, and the answers so far are kept: the same command goes on there") from None
+    finally:
+        for item in opened:
+            item.close()
+    print_report(report, out, page)
+    return out
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is asked. records: those chosen, in their own order; base_ids: ids of those that the base model answers; available: in the split."""
+
+    records: list[Record]
+    base_ids: frozenset[str]
+    cards: Mapping[str, Card]
+    trained: frozenset[str]
+    grounding: str
+    available: int
+
+
+def finished_model(resolved: Resolved) -> Path:
+    """The config's finished adapter."""
+    training = resolved.config.training
+    return Path(training.output_dir) / "checkpoints" / training.model_name
+
+
+def _load_task(resolved: Resolved) -> Task:
+    config = resolved.config
     test = load_split(resolved, "test")
     train = open_split(resolved, "train")
     trained = frozenset(hazard for record in (train if train.limit and not train.held_out else train.every()) for hazard in record.hazards)
     records = select_records(test, config.evaluation.max_samples, config.training.seed, trained)
     cards = load_cards()
     _check_cards(records, cards, config.dataset.grounding)
-    print(f"Answering {len(records)} of {len(test)} test records with {checkpoint}", flush=True)
-    try:
-        tuned = _answer(resolved, backend.load_checkpoint(config.model, checkpoint, fold=True), records, cards, "tuned")
-        base = _answer(resolved, backend.load_base(config.model), records, cards, "base") if config.evaluation.compare_base else None
-        made = artifacts.describe("evaluate", resolved, dataset_hash(records), parents=[checkpoint])
-        report = build_report(tuned, base, trained, made)
-        artifacts.save_text(page, render_html(report))
-        artifacts.save_json(out, report)
-    except KeyboardInterrupt:
-        raise Interrupted(f"evaluation interrupted; nothing was written, {out} is as it was") from None
-    print_report(report, out, page)
-    return out
+    base = select_records(records, config.evaluation.base_samples, config.training.seed, trained)
+    return Task(records, frozenset(record.id for record in base), cards, trained, config.dataset.grounding, len(test))
+
+
+def _names(specs: Sequence[str]) -> list[str]:
+    """Short names: the last part of a path, more of it where two would be equal."""
+    names = []
+    for spec in specs:
+        parts = [spec] if "://" in spec else [part for part in Path(spec).parts if part not in ("/", ".")] or [spec]
+        length = 1
+        while any(other != spec and other.endswith("/".join(parts[-length:])) for other in specs) and length < len(parts):
+            length += 1
+        names.append("/".join(parts[-length:]))
+    return names
+
+
+def _check_primary(names: Sequence[str]) -> None:
+    for name in names:
+        if name not in BY_NAME:
+            raise UsageError(f"evaluation.primary_endpoints: got {name!r}; expected some of {', '.join(BY_NAME)}")
 
 
 def _check_output(out: Path) -> Path:
@@ -67,7 +127,7 @@ def _check_output(out: Path) -> Path:
         raise UsageError(f"--output: got {out}; expected a file that ends with .json, for instance {out.with_suffix('') / 'evaluation_report.json'}")
     if page.is_dir():
         raise UsageError(f"--output: {page} is a folder, but the report's page goes there; choose another folder with --output")
-    artifacts.check_writable(out.parent, remedy="choose another with --output")
+    files.check_writable(out.parent, remedy="choose another with --output")
     return page
 
 
@@ -108,13 +168,84 @@ def select_records(records: Sequence[Record], limit: int | None, seed: int, trai
     return [records[index] for index in sorted(chosen)]
 
 
-def _answer(resolved: Resolved, loaded: Loaded, records: Sequence[Record], cards: Mapping[str, Card], name: str) -> Answered:
+def _answer(resolved: Resolved, contestant: Contestant, task: Task, fewer: bool) -> Answered:
+    """All answers of one contestant, scored. fewer: only those that the base model is asked for."""
     settings = resolved.config.evaluation
-    print(f"Model {name}: {', '.join([loaded.kind, *loaded.notes])}", flush=True)
-    prompts = [record_messages(record, cards, resolved.config.dataset.grounding) for record in records]
-    engine = Engine(loaded)
-    started = time.monotonic()
-    with Progress(name, len(records)) as progress:
-        generated = engine.generate(prompts, settings.max_new_tokens, settings.batch_size, progress=progress.update)
-    seconds = time.monotonic() - started
-    return Answered(tuple(score(record, answer, cards) for record, answer in zip(records, generated)), seconds)
+    records = [record for record in task.records if not fewer or record.id in task.base_ids]
+    prompts = [record_messages(record, task.cards, task.grounding) for record in records]
+    rounds = [(0.0, 0)] + [(resolved.config.inference.temperature or settings.samples_temperature, 1000 * number) for number in range(1, settings.samples + 1)]
+    generated = ask(contestant, prompts, settings.max_new_tokens, rounds)
+    scored = tuple(score(record, first, task.cards, others) for record, (first, *others) in zip(records, generated))
+    return Answered(scored, contestant.seconds, contestant.tokens)
+
+
+def ask(contestant: Contestant, prompts: Sequence[Messages], max_new_tokens: int, rounds: Sequence[tuple[float, int]] = ((0.0, 0),),
+        name: str = "") -> list[tuple[Generated, ...]]:
+    """For each prompt its answer in each round `(temperature, seed)`, with progress on the console."""
+    name = name or contestant.name
+    if contestant.answers.damaged:
+        print(f"  {name}: {contestant.answers.damaged} kept answers are damaged and are given again", flush=True)
+    kept = contestant.kept
+    with Progress(name, len(prompts) * len(rounds)) as progress:
+        found = []
+        for number, (temperature, seed) in enumerate(rounds):
+            before = number * len(prompts)
+            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))
+    kept = contestant.kept - kept
+    print(f"  {name}: {contestant.engine}" + (f"; {kept} of {len(prompts) * len(rounds)} answers kept from an earlier run" if kept else ""), flush=True)
+    return list(zip(*found))
+
+
+def _baselines(resolved: Resolved, opened: Sequence[Contestant], answered: Sequence[Answered], task: Task) -> dict[str, list[Scored]]:
+    """Answers that stand beside the models; those of the base model only where `evaluation.baselines` is set."""
+    records = [item.record for item in answered[0].scored]
+    table: dict[str, list[Scored]] = {}
+    if task.grounding == "cards":
+        table[baselines.CARD_ALONE] = [score(record, baselines.answer_card_alone(record, task.cards), task.cards) for record in records]
+    table[baselines.CALL_ALONE] = [score(record, baselines.answer_call_alone(record), task.cards) for record in records]
+    shuffled = baselines.shuffle_answers(records, [item.generated for item in answered[0].scored])
+    table[baselines.SHUFFLED] = [score(record, answer, task.cards) for record, answer in zip(records, shuffled)]
+    base = next((item for item in opened if item.is_base), None)
+    if base and resolved.config.evaluation.baselines:
+        asked = [record for record in task.records if record.id in task.base_ids]
+        for name, build in ((baselines.BARE, baselines.bare_messages), (baselines.FORMATTED, baselines.formatted_messages)):
+            answers = ask(base, [build(record) for record in asked], resolved.config.evaluation.max_new_tokens, name=name)
+            table[name] = [score(record, answer, task.cards) for record, (answer,) in zip(asked, answers)]
+    return table
+
+
+def _build(resolved: Resolved, opened: Sequence[Contestant], answered: Sequence[Answered], beside: dict[str, list[Scored]], task: Task) -> dict[str, Any]:
+    about = [{"name": item.name, "kind": item.kind, "path": item.path, "sha256": item.sha256, "engine": item.engine, "seconds": round(item.seconds, 1),
+              "tokens_per_second": round(item.tokens / item.seconds, 1) if item.seconds else None, "kept_answers": item.kept} for item in opened]
+    base = next((found for item, found in zip(opened[1:], answered[1:]) if item.is_base), None)
+    made = artifacts.describe("evaluate", resolved, dataset_hash(task.records), parents=[Path(item.path) for item in opened[:1] if item.kind != "endpoint"])
+    return build_report(answered[0], base, task.trained, made, models=list(zip(about, answered)), baselines=beside,
+                        primary=resolved.config.evaluation.primary_endpoints, grounding=task.grounding)
+
+
+def _add_parts(resolved: Resolved, report: dict[str, Any], opened: Sequence[Contestant], answered: Sequence[Answered], ai: bool, yes: bool) -> None:
+    """The parts that are asked for by name: what tuning cost, the red team, the judge."""
+    settings = resolved.config.evaluation
+    report["tuning_cost"] = report["red_team"] = None
+    if settings.tuning_cost:
+        from emergency_kit.evaluation.tuning_cost import measure_cost
+
+        report["tuning_cost"] = measure_cost(resolved, opened)
+    if settings.red_team:
+        from emergency_kit.evaluation.attack import attack
+
+        report["red_team"] = attack(resolved, opened[0])
+    if ai:
+        from emergency_kit.evaluation.judge import judge
+
+        report["ai_evaluation"] = judge(resolved, answered[0].scored, yes)
+
+
+def _load_last(out: Path) -> dict[str, Any] | None:
+    """The metrics of the report that stands there, for comparison; None where there is none or it is of an older form."""
+    try:
+        report = json.loads(out.read_text(encoding="utf-8"))
+        return {"created": report["made"]["created"], "name": report["models"][0]["name"], "sha256": report["models"][0]["sha256"],
+                "dataset_hash": report["made"]["dataset_hash"], "metrics": report["models"][0]["metrics"]}
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return None

@@ -1,0 +1,254 @@
+"""Contestants: anything that can answer, opened in one way.
+
+In: a word that names it: `base`, an adapter, merged or base folder, a `.gguf` file, or an OpenAI-compatible endpoint
+(`http://host:port/v1#model`). Out: a `Contestant`, which answers prompts with answers kept on disk. On a CPU a folder is
+run by llama.cpp from a file made for the purpose and proved against PyTorch; whatever runs, its description says so.
+Limits: an endpoint's answers are kept by its address and model name, since nobody outside can hash its weights.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Protocol, Sequence
+
+from emergency_kit import artifacts
+from emergency_kit.config import Resolved
+from emergency_kit.errors import KitError, ModelError
+from emergency_kit.evaluation.answers import Answers, answer_key
+from emergency_kit.evaluation.purpose_file import make_file
+from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.model import backend
+
+# What decides an answer beside the files: raise it when the prompt's rendering or the engines' arithmetic change.
+ANSWERS_VERSION = 1
+Report = Callable[[float, int], None]
+
+
+class Asker(Protocol):
+    """Runs prompts. `ask` calls `put(index, answer)` as answers end and `report(answers, tokens)` on the way."""
+
+    description: str
+
+    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+            put: Callable[[int, Generated], None], report: Report) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Contestant:
+    """One thing that answers. kind: base, adapter, merged, gguf or endpoint. sha256: hash of its files, None for an endpoint.
+
+    is_base: whether it is the config's own base model.
+    seconds, tokens: spent and written by this process, answers from the disk not counted. kept: answers that came from the disk.
+    """
+
+    name: str
+    kind: str
+    path: str
+    sha256: str | None
+    open_asker: Callable[[], Asker]
+    answers: Answers
+    is_base: bool = False
+    seconds: float = 0.0
+    tokens: int = 0
+    kept: int = 0
+    _asker: Asker | None = field(default=None, repr=False)
+
+    def answer(self, prompts: Sequence[Messages], max_new_tokens: int, report: Report, temperature: float = 0.0, seed: int = 0) -> list[Generated]:
+        """Answers in the prompts' order; each is on the disk as soon as it has ended, so that an interrupted run goes on there."""
+        keys = [answer_key(messages, max_new_tokens, temperature, seed) for messages in prompts]
+        missing = [index for index, key in enumerate(keys) if self.answers.get(key) is None]
+        done = len(prompts) - len(missing)
+        self.kept += done
+        if missing:
+            asker = self.asker()
+            lock = threading.Lock()
+
+            def put(place: int, answer: Generated) -> None:
+                with lock:
+                    self.answers.put(keys[missing[place]], answer)
+                    self.tokens += answer.tokens
+
+            started = time.monotonic()
+            try:
+                asker.ask([prompts[index] for index in missing], max_new_tokens, temperature, seed, put,
+                          lambda more, tokens: report(done + more, tokens))
+            finally:
+                self.seconds += time.monotonic() - started
+        report(len(prompts), self.tokens)
+        found = [self.answers.get(key) for key in keys]
+        assert all(answer is not None for answer in found)
+        return [answer for answer in found if answer is not None]
+
+    def asker(self) -> Asker:
+        """What runs the prompts, loaded when first needed."""
+        if self._asker is None:
+            self._asker = self.open_asker()
+        return self._asker
+
+    @property
+    def engine(self) -> str:
+        """What ran it, in words; before anything ran, that its answers are kept ones."""
+        return self._asker.description if self._asker else "answers kept from an earlier run"
+
+    def close(self) -> None:
+        """Free what it occupies."""
+        if self._asker:
+            self._asker.close()
+
+
+def open_contestant(resolved: Resolved, spec: str, name: str = "") -> Contestant:
+    """Look that a contestant is whole and hash it; nothing is loaded before it is asked.
+
+    Raises ModelError for a folder or file that is missing, damaged or of another base model, or for a wrong address.
+    """
+    config = resolved.config
+    kept = Path(config.training.output_dir) / "cache" / "answers"
+    if spec.startswith(("http://", "https://")):
+        from emergency_kit.evaluation.endpoint import EndpointAsker
+
+        fingerprint = artifacts.hash_json([ANSWERS_VERSION, spec])
+        return Contestant(name or spec, "endpoint", spec, None, lambda: EndpointAsker(spec, config.evaluation.batch_size), Answers(kept, fingerprint))
+    path = Path(backend.base_name(config.model)) if spec == "base" else Path(spec)
+    if spec == "base":
+        backend.require_base(config.model)
+    if path.suffix == ".gguf":
+        from emergency_kit.inference.engines import check_model
+
+        check_model(path, config.model)
+        digest = artifacts.hash_file(path)
+        return Contestant(name or path.name, "gguf", str(path), digest, lambda: LlamaAsker(path, config.evaluation.batch_size),
+                          Answers(kept, artifacts.hash_json([ANSWERS_VERSION, digest])))
+    if spec == "base" and not path.is_dir():  # a Hub id: hashed by its name and revision
+        fingerprint = artifacts.hash_json([ANSWERS_VERSION, spec, config.model.name, config.model.revision])
+        return Contestant(name or "base", "base", str(path), None, lambda: TorchAsker(resolved, None), Answers(kept, fingerprint), is_base=True)
+    return _open_folder(resolved, spec, path, name, kept)
+
+
+def _open_folder(resolved: Resolved, spec: str, path: Path, name: str, kept: Path) -> Contestant:
+    kind = "base" if spec == "base" else backend.check_checkpoint(path, resolved.config.model)
+    manifest = artifacts.load_manifest(path)
+    if kind == "model":
+        kind = backend.kind_of(manifest)
+    problems = artifacts.verify_folder(path) if manifest else []
+    if problems:
+        raise ModelError(f"checkpoint {path}: changed after it was made ({problems[0]}); use another, or make it again")
+    digest = artifacts.hash_parent(path) or artifacts.hash_json({file.name: artifacts.hash_file(file) for file in sorted(path.iterdir()) if file.is_file()})
+    made = [ANSWERS_VERSION, digest] + ([artifacts.hash_parent(Path(backend.base_name(resolved.config.model)))] if kind == "adapter" else [])
+    engine, file_type = _pick_engine(resolved)
+    if engine == "llama.cpp":
+        file = Path(resolved.config.training.output_dir) / "cache" / "evaluation" / f"{artifacts.hash_json(made)[:24]}-{file_type}.gguf"
+        return Contestant(name or path.name, kind, str(path), digest, lambda: LlamaAsker(make_file(resolved, path, file, file_type), resolved.config.evaluation.batch_size),
+                          Answers(kept, artifacts.hash_json([*made, file_type])), is_base=spec == "base")
+    return Contestant(name or path.name, kind, str(path), digest, lambda: TorchAsker(resolved, None if spec == "base" else path),
+                      Answers(kept, artifacts.hash_json([*made, "torch", resolved.config.model.dtype])), is_base=spec == "base")
+
+
+def _pick_engine(resolved: Resolved) -> tuple[str, str]:
+    """`(engine, GGUF type)` for folders."""
+    settings = resolved.config.evaluation
+    if settings.engine != "auto":
+        return settings.engine, settings.file_type
+    if backend.pick_device(resolved.config.model) != "cpu":
+        return "torch", ""
+    from emergency_kit.errors import ExportError
+    from emergency_kit.export import architecture
+    from emergency_kit.export.merge import load_skeleton, on_cpu
+
+    name = backend.base_name(resolved.config.model)
+    try:
+        architecture.pick_family(load_skeleton(name, on_cpu(resolved.config.model)).config, name)
+    except ExportError as error:
+        print(f"Evaluating in PyTorch, since llama.cpp cannot have this model: {error}", flush=True)
+        return "torch", ""
+    return "llama.cpp", settings.file_type
+
+
+class LlamaAsker:
+    """A GGUF file in llama.cpp, several answers at once."""
+
+    def __init__(self, path: Path, slots: int):
+        from emergency_kit.inference.llama_engine import LlamaEngine
+
+        self.engine = LlamaEngine(path, slots)
+        self.description = self.engine.description
+
+    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+            put: Callable[[int, Generated], None], report: Report) -> None:
+        """Answers in any order; see `Asker`."""
+        written = [0] * len(prompts)
+        stopped = threading.Event()
+
+        def one(index: int) -> None:
+            stream = self.engine.stream(prompts[index], max_new_tokens, temperature, seed + index if temperature else None, stopped.is_set)
+            for _ in stream:
+                written[index] = stream.tokens
+            if not stopped.is_set():
+                put(index, stream.result)
+                written[index] = stream.tokens
+
+        run_each(one, len(prompts), self.engine.slots, stopped, lambda done: report(done, sum(written)))
+
+    def close(self) -> None:
+        """Stop llama.cpp."""
+        self.engine.close()
+
+
+class TorchAsker:
+    """A folder in PyTorch, in left-padded batches of similar length."""
+
+    def __init__(self, resolved: Resolved, folder: Path | None):
+        from emergency_kit.inference.engine import Engine
+
+        section = resolved.config.model
+        loaded: Any = backend.load_base(section) if folder is None else backend.load_checkpoint(section, folder, fold=True)
+        self.engine = Engine(loaded)
+        self.batch_size = resolved.config.evaluation.batch_size
+        self.description = f"PyTorch, {self.batch_size} at once, {', '.join(loaded.notes)}"
+
+    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+            put: Callable[[int, Generated], None], report: Report) -> None:
+        """Batch after batch; each is kept when it has ended. See `Asker`."""
+        order = sorted(range(len(prompts)), key=lambda index: sum(len(part["content"]) for part in prompts[index]))
+        done, tokens = 0, 0
+        size = 1 if temperature else self.batch_size
+        for start in range(0, len(order), size):
+            chosen = order[start:start + size]
+            if temperature:
+                stream = self.engine.stream(prompts[chosen[0]], max_new_tokens, temperature, seed + chosen[0])
+                for _ in stream:
+                    pass
+                answers = [stream.result]
+            else:
+                answers = self.engine.generate([prompts[index] for index in chosen], max_new_tokens, len(chosen),
+                                               progress=lambda more, new: report(done + more, tokens + new))
+            for index, answer in zip(chosen, answers):
+                put(index, answer)
+            done, tokens = done + len(chosen), tokens + sum(answer.tokens for answer in answers)
+            report(done, tokens)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        del self.engine
+
+
+def run_each(one: Callable[[int], None], number: int, at_once: int, stopped: threading.Event, report: Callable[[float], None]) -> None:
+    """Call `one` for 0 to number - 1 in threads; the first error, or Ctrl-C, stops the rest and is raised."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=min(at_once, number)) as pool:
+        waiting = {pool.submit(one, index) for index in range(number)}
+        try:
+            while waiting:
+                ended, waiting = concurrent.futures.wait(waiting, timeout=0.5, return_when=concurrent.futures.FIRST_COMPLETED)
+                for future in ended:
+                    future.result()
+                report(number - len(waiting))
+        except (KeyboardInterrupt, KitError):
+            stopped.set()
+            for future in waiting:
+                future.cancel()
+            raise
