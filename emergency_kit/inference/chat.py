@@ -1,8 +1,9 @@
 """Chat: one situation or a session of them, answered on the terminal or in a pipe.
 
-In: `--prompt`, or lines on stdin, one situation a line. Out: on stdout the answer alone (or with
-`--json` one JSON object a situation); cards, notes and prompts on stderr.
-Run: `emergency-kit infer --prompt "the oil in my pan is on fire"`.
+In: `--prompt`, or lines on stdin, one situation a line; `/help` lists what else a session knows. Out: on stdout the
+guarded answer (with `--no-guard` the model's text alone, with `--json` one JSON object a situation); notes and
+prompts on stderr. The checked guidance is shown before the model has written a word, and a line of the model
+once it is whole and checked. Run: `emergency-kit infer --prompt "the oil in my pan is on fire"`.
 """
 
 from __future__ import annotations
@@ -10,26 +11,46 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Iterator
 
-from emergency_kit.config import Resolved
+from emergency_kit.config import InferenceConfig, Resolved
 from emergency_kit.data.format import build_messages, read_answer, shown_cards
-from emergency_kit.errors import Interrupted, ModelError, UsageError
+from emergency_kit.errors import DataError, Interrupted, ModelError, UsageError
+from emergency_kit.inference.engines import Stream, check_model, open_engine
+from emergency_kit.inference.grammar import build_grammar
+from emergency_kit.inference.guard import Guarded, guard_found
+from emergency_kit.inference.show import Page, explain
 from emergency_kit.knowledge.cards import Card, load_cards
 from emergency_kit.knowledge.emergency_numbers import find_country
 from emergency_kit.knowledge.retrieve import Found, Retriever
-from emergency_kit.model import backend
 
-LEAVE = ("quit", "exit")
+LEAVE = ("quit", "exit", "/quit", "/exit")
+HELP = """Describe the situation in one line, then Enter. Ctrl-C stops an answer; quit, exit or Ctrl-D leaves.
+  /region GB   the country whose emergency number is shown; /region alone forgets it
+  /add TEXT    say more about the last situation, and have it answered again
+  /card NAME   answer the last situation with this card; a number chooses among those offered
+  /why         where the last answer comes from, and what was struck or added
+  /json        one JSON object an answer, or text again
+  /help        this list"""
+
+
+@dataclass
+class _Asked:
+    """The last situation and what came of it, for `/why`, `/add` and `/card`."""
+
+    scenario: str = ""
+    found: Found = field(default_factory=Found)
+    guarded: Guarded | None = None
 
 
 def infer(resolved: Resolved, checkpoint: Path | None = None, prompt: str | None = None, as_json: bool = False) -> None:
     """Answer one prompt, or hold a session where prompt is None.
 
-    checkpoint: adapter, merged or base folder; by default the config's finished model. Raises UsageError
-    for an empty prompt, ModelError for a checkpoint that cannot be used or a prompt over the model's
-    context, Interrupted when Ctrl-C stops a single answer.
+    checkpoint: GGUF file, adapter, merged or base folder; by default the config's finished model. Raises
+    UsageError for an empty prompt, ModelError for a checkpoint that cannot be used or a prompt over the
+    model's context, Interrupted when Ctrl-C stops a single answer.
     """
     if prompt is not None and not prompt.strip():
         raise UsageError(f"--prompt: got {prompt!r}; expected the situation in words, or leave --prompt out for a session")
@@ -38,15 +59,17 @@ def infer(resolved: Resolved, checkpoint: Path | None = None, prompt: str | None
     find_country(resolved.config.inference.country)
     training = resolved.config.training
     folder = Path(checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
-    backend.check_checkpoint(folder, resolved.config.model)
+    check_model(folder, resolved.config.model)
     chat = Chat(resolved, folder, as_json)
-    if prompt is None:
-        _hold_session(chat)
-        return
     try:
-        chat.answer(prompt)
+        if prompt is None:
+            _hold_session(chat)
+        else:
+            chat.answer(prompt)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the answer is not whole") from None
+    finally:
+        chat.engine.close()
 
 
 class Chat:
@@ -54,47 +77,123 @@ class Chat:
 
     def __init__(self, resolved: Resolved, folder: Path, as_json: bool):
         config = resolved.config
-        self.settings, self.as_json = config.inference, as_json
-        self.cards: dict[str, Card] = {}
-        self.retriever: Retriever | None = None
-        if config.dataset.grounding == "cards":
-            self.cards = load_cards()
-            self.retriever = Retriever(self.cards, config.dataset.top_k)
+        self.settings: InferenceConfig = config.inference
+        self.as_json, self.grounded = as_json, config.dataset.grounding == "cards"
+        self.cards: dict[str, Card] = load_cards() if self.grounded or self.settings.guard else {}
+        self.retriever = Retriever(self.cards, config.dataset.top_k) if self.cards else None
+        self.asked = _Asked()
         _note(f"Loading {folder} ...")
-        from emergency_kit.inference.engine import Engine
+        self.engine = open_engine(config.model, folder, slots=1)
+        _note(f"Loaded: {self.engine.description}")
 
-        loaded = backend.load_checkpoint(config.model, folder, fold=True)
-        _note(f"Loaded: {', '.join([loaded.kind, *loaded.notes])}")
-        self.engine = Engine(loaded)
-
-    def answer(self, scenario: str) -> None:
-        """Answer one situation. KeyboardInterrupt passes through, after a newline that ends the line so far."""
-        shown: list[Card] | None = None
+    def answer(self, scenario: str, card_id: str = "") -> None:
+        """Answer one situation, with a card that was chosen or those that retrieval finds. KeyboardInterrupt passes through, after a newline."""
         found = self.retriever.find(scenario) if self.retriever else Found()
+        if card_id:
+            found = replace(found, ids=(card_id,), fits=1, unsure=False)
+        self.asked = _Asked(scenario, found)
         if self.retriever:
-            shown = shown_cards(found.ids, self.cards)
             _note(f"Cards: {found.describe(self.cards)}")
-        messages = build_messages(scenario, shown, country=self.settings.country, fits=found.fits)
-        stream = self.engine.stream(messages, self.settings.max_new_tokens, self.settings.temperature)
+        stream = self._start(scenario, found)
         try:
-            for piece in stream:
-                if not self.as_json:
-                    print(piece, end="", flush=True)
+            if self.as_json:
+                for _ in stream:
+                    pass
+            elif self.settings.guard:
+                self._show_guarded(stream)
+            else:
+                _show_plain(stream)
         finally:
-            if stream.text and not self.as_json:
-                print(flush=True)
-        self._report(stream.result, found)
+            stream.close()
+        self._report(stream)
 
-    def _report(self, result: Any, found: Found) -> None:
+    def _start(self, scenario: str, found: Found) -> Stream:
+        settings = self.settings
+        shown = shown_cards(found.ids, self.cards) if self.grounded else None
+        messages = build_messages(scenario, shown, country=settings.country, fits=found.fits)
+        # JSON too is written from the four sections: asked for JSON itself, the model forgets its card (benchmarks/RESULTS.md).
+        grammar = build_grammar(settings.max_new_tokens) if settings.grammar else ""
+        return self.engine.stream(messages, settings.max_new_tokens, settings.temperature, grammar=grammar)
+
+    def _check(self, text: str) -> Guarded:
+        asked = self.asked
+        asked.guarded = guard_found(text, asked.found, self.cards, self.settings.country, asked.scenario)
+        return asked.guarded
+
+    def _show_guarded(self, stream: Stream) -> None:
+        """The guidance at once, then each line of the model when it is whole."""
+        page = Page(colour=sys.stdout.isatty())
+        _print(page.head(self._check("")))
+        shown = 0
+        section, number = "", 0
+        while True:
+            piece = next(stream, None)
+            if piece is not None and "\n" not in piece:
+                continue
+            whole = stream.text if piece is None else stream.text[:stream.text.rindex("\n") + 1]
+            guarded = self._check(whole)
+            for line in guarded.lines[shown:]:
+                if line.section != section:
+                    section, number = line.section, 0
+                    _print(page.heading(section))
+                number += 1
+                _print(page.line(line, number))
+            shown = len(guarded.lines)
+            if piece is None:
+                break
+        _print(page.tail(guarded))
+
+    def _report(self, stream: Stream) -> None:
+        result, asked = stream.result, self.asked
         parsed = read_answer(result.text)
         if self.as_json:
-            print(json.dumps({"answer": parsed.answer.to_dict(), "valid": parsed.valid, "problems": list(parsed.problems),
-                              "cards": list(found.ids), "unsure": found.unsure, "text": result.text, "ended": result.ended},
-                             ensure_ascii=False), flush=True)
+            answer = {"answer": parsed.answer.to_dict(), "valid": parsed.valid, "problems": list(parsed.problems),
+                      "cards": list(asked.found.ids), "unsure": asked.found.unsure, "text": result.text, "ended": result.ended}
+            checks = {"guard": self._check(result.text).to_dict()} if self.settings.guard else {}
+            print(json.dumps(answer | checks, ensure_ascii=False), flush=True)
         elif not parsed.valid:
             _note(f"Note: this answer does not have the four sections as taught: {parsed.problems[0]}")
         if not result.ended:
             _note(f"Note: the answer was cut off after {result.tokens} tokens; a longer limit: --max-new-tokens {2 * result.tokens}")
+
+    def obey(self, line: str) -> None:
+        """A line of a session that starts with a slash, or a number that chooses a card."""
+        command, _, rest = line.strip().partition(" ")
+        rest, asked = rest.strip(), self.asked
+        choices = asked.guarded.choices if asked.guarded else ()
+        if command == "/region":
+            where = find_country(rest)
+            self.settings = self.settings.model_copy(update={"country": rest.upper()})
+            _note(f"Emergency number: {where.number('any')} ({where.name})" if where else "Emergency number: your local one")
+        elif command == "/json":
+            self.as_json = not self.as_json
+            _note(f"Answers are {'JSON' if self.as_json else 'text'} from now on")
+        elif command == "/help":
+            _note(HELP)
+        elif not asked.scenario:
+            _note(f"{command}: describe a situation first; /help lists what a session knows")
+        elif command == "/why":
+            if asked.guarded is None:
+                self._check("")
+            words = {hit.card_id: hit.words for hit in asked.found.ranked}
+            _print(explain(asked.guarded, words, self.engine.description))
+        elif command == "/add" and rest:
+            self.answer(f"{asked.scenario} {rest}")
+        elif command.isdigit() and 1 <= int(command) <= len(choices):
+            self.answer(asked.scenario, choices[int(command) - 1][0])
+        elif command == "/card" and (found := [card_id for card_id, card in self.cards.items() if rest.lower() in (card_id, card.name.lower())]):
+            self.answer(asked.scenario, found[0])
+        else:
+            _note(f"{line.strip()}: not known here; /help lists what a session knows, emergency-kit knowledge list the cards")
+
+
+def _show_plain(stream: Stream) -> None:
+    try:
+        for piece in stream:
+            print(piece, end="", flush=True)
+    finally:
+        if stream.text:
+            print(flush=True)
 
 
 def _hold_session(chat: Chat) -> None:
@@ -103,7 +202,7 @@ def _hold_session(chat: Chat) -> None:
     if interactive and sys.stdout.isatty():
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and history
-    _note("Describe the situation in one line, then Enter. Ctrl-C stops an answer; quit, exit or Ctrl-D leaves.")
+    _note(HELP if interactive else HELP.splitlines()[0])
     while True:
         try:
             line = _read_line(interactive)
@@ -115,13 +214,16 @@ def _hold_session(chat: Chat) -> None:
         if not line.strip():
             continue
         try:
-            chat.answer(line)
+            if line.strip().startswith("/") or line.strip().isdigit() and chat.asked.guarded and chat.asked.guarded.choices:
+                chat.obey(line)
+            else:
+                chat.answer(line)
         except KeyboardInterrupt:
             _note("Stopped; this answer is not whole. Ctrl-C again leaves.")
-        except ModelError as error:
+        except (ModelError, DataError) as error:
             if not interactive:
                 raise
-            _note(f"error: {error}")  # a situation too long for the model: the person can tell it shorter
+            _note(f"error: {error}")  # a situation too long for the model, or an unknown country: the person can say it otherwise
 
 
 def _read_line(interactive: bool) -> str | None:
@@ -146,6 +248,11 @@ def _check_text(text: str, place: str) -> None:
         text.encode()
     except UnicodeEncodeError:  # bytes that are not UTF-8 reach Python as lone surrogates
         raise UsageError(f"{place}: got {text!r:.80}, which is not UTF-8 text; expected the situation in words") from None
+
+
+def _print(lines: Iterator[str]) -> None:
+    for line in lines:
+        print(line, flush=True)
 
 
 def _note(text: str) -> None:

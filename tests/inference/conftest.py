@@ -1,6 +1,9 @@
 import pytest
 import torch
 
+from emergency_kit.export.gguf import export_gguf
+from tests.tiny import resolve, save_tiny_model
+
 
 @pytest.fixture(autouse=True, scope="package")
 def one_thread():
@@ -9,3 +12,17 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="package")
+def folder(tmp_path_factory):
+    """A tiny random model with the bundled tokenizer."""
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="package")
+def gguf(folder, tmp_path_factory):
+    """The same model as a float32 GGUF file, by the exporter."""
+    out = tmp_path_factory.mktemp("gguf")
+    export_gguf(resolve(folder, training__output_dir=out, export__quantizations='["f32"]', export__allow_out_of_bounds="true"), checkpoint=folder, out=out / "files")
+    return next((out / "files").glob("*.gguf"))

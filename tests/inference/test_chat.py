@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -7,14 +8,14 @@ import time
 
 import pytest
 
-from emergency_kit.errors import ModelError, UsageError
+from emergency_kit.errors import DataError, ModelError, UsageError
 from emergency_kit.inference.chat import infer
-from tests.tiny import resolve, save_tiny_model
+from tests.tiny import resolve
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+@pytest.fixture(autouse=True)
+def one_llama_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def start(folder, *arguments):
@@ -58,15 +59,16 @@ def test_json_is_one_object_and_nothing_else(folder):
     out, err = run.communicate(timeout=60)
     assert run.returncode == 0, err
     answer = json.loads(out)
-    assert list(answer) == ["answer", "valid", "problems", "cards", "unsure", "text", "ended"]
+    assert list(answer) == ["answer", "valid", "problems", "cards", "unsure", "text", "ended", "guard"]
     assert list(answer["answer"]) == ["facts", "uncertainties", "analysis", "guidance"]
     assert answer["valid"] is False and answer["problems"] and answer["ended"] is False and answer["text"]
     assert answer["cards"][0] == "kitchen_grease_fire"
+    assert answer["text"].startswith("FACTS\n• ") and answer["guard"]["cards"][0]["sources"] and answer["guard"]["added"]
     assert b"Cards: Kitchen grease fire" in err and b"cut off after 8 tokens" in err
 
 
 def test_the_answer_in_process_is_the_answer_alone(folder, capsys):
-    resolved = resolve(folder, inference__max_new_tokens=8, dataset__grounding="none")
+    resolved = resolve(folder, inference__max_new_tokens=8, dataset__grounding="none", inference__guard=False, inference__grammar=False)
     infer(resolved, checkpoint=folder, prompt="the oil in my pan is on fire")
     shown = capsys.readouterr()
     infer(resolved, checkpoint=folder, prompt="the oil in my pan is on fire", as_json=True)
@@ -77,7 +79,7 @@ def test_the_answer_in_process_is_the_answer_alone(folder, capsys):
 
 
 def test_session_in_a_pipe_where_ctrl_c_stops_an_answer_and_not_the_program(folder):
-    run = start(folder, "--max-new-tokens", "4000")
+    run = start(folder, "--max-new-tokens", "4000", "--no-guard")
     run.stdin.write(b"my house is on fire\n")
     first = read_until(run.stdout, lambda seen: len(seen) > 40)
     run.send_signal(signal.SIGINT)
@@ -94,7 +96,7 @@ def test_session_in_a_pipe_where_ctrl_c_stops_an_answer_and_not_the_program(fold
 
 
 def test_ctrl_c_during_a_single_answer_exits_130(folder):
-    run = start(folder, "--max-new-tokens", "4000", "--prompt", "my house is on fire")
+    run = start(folder, "--max-new-tokens", "4000", "--no-guard", "--prompt", "my house is on fire")
     read_until(run.stdout, lambda seen: len(seen) > 40)
     run.send_signal(signal.SIGINT)
     assert run.wait(timeout=60) == 130
@@ -107,3 +109,39 @@ def test_session_ends_with_the_input(folder):
     out, err = run.communicate(b"my house is on fire\n\na snake bit me", timeout=60)
     assert run.returncode == 0, err
     assert [bool(json.loads(line)["text"]) for line in out.splitlines()] == [True, True]
+
+
+def test_guarded_answer_of_a_gguf_file_with_the_call_for_help_first(gguf, capsys):
+    infer(resolve(gguf, inference__country="GB"), checkpoint=gguf, prompt="the oil in my pan is on fire")
+    out, err = capsys.readouterr()
+    lines = out.splitlines()
+    assert lines[0] == "CALL FOR HELP: 999 or 112" and lines[2] == "CHECKED GUIDANCE: Kitchen grease fire (call 999 or 112)"
+    assert "1. Turn off the heat if you can reach the control safely." in lines and "x  Do not pour water on burning oil." in lines
+    assert any(line.startswith("Sources: NFPA") for line in lines)
+    model = lines.index("FACTS")
+    assert [line for line in lines[model:] if line in ("FACTS", "UNCERTAINTIES", "ANALYSIS", "GUIDANCE")] == ["FACTS", "UNCERTAINTIES", "ANALYSIS", "GUIDANCE"]
+    assert any(line.startswith("ADDED FROM THE CARD") for line in lines) and "+ Leave the pan covered until it is completely cool." in lines
+    assert max(map(len, lines)) <= 110 and "\x1b" not in out
+    assert "llama.cpp" in err and "does not have the four sections" not in err and "cut off" not in err
+
+
+def test_session_commands(gguf, capsys, monkeypatch):
+    """Region, why, add, card, a number as a choice, JSON and what is not known, in one piped session."""
+    lines = ["/why", "the oil in my pan is on fire", "/region gb", "/why", "/add and the curtains burn too", "/card stroke", "/json", "/card Snake bite", "/nonsense", "quit"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
+    infer(resolve(gguf, inference__max_new_tokens=30), checkpoint=gguf)
+    out, err = capsys.readouterr()
+    assert "/why: describe a situation first" in err and "Emergency number: 999 or 112 (United Kingdom)" in err
+    answers = out.split("CALL FOR HELP: ")[1:]
+    assert answers[0].startswith("your local emergency number") and answers[1].startswith("999")
+    assert "Card Kitchen grease fire (kitchen_grease_fire): found by" in answers[0] and "Model: llama.cpp" in answers[0]
+    assert "CHECKED GUIDANCE: Stroke" in answers[2]
+    answer = json.loads(out.splitlines()[-1])
+    assert answer["cards"] == ["snake_bite"] and answer["guard"]["country"] == "GB"
+    assert "Answers are JSON from now on" in err and "/nonsense: not known here" in err
+
+
+def test_unknown_country_in_a_session_names_those_that_are_known(gguf, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/region XX\n"))
+    with pytest.raises(DataError, match="country 'XX': not in the list"):
+        infer(resolve(gguf, inference__max_new_tokens=30), checkpoint=gguf)

@@ -14,11 +14,6 @@ NEW = 24
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
 def engine(folder):
     return Engine(backend.load_checkpoint(resolve(folder).config.model, folder))
 
@@ -84,7 +79,7 @@ def test_sampling_follows_the_seed(engine, batch):
 
 
 def test_should_stop_is_asked_before_every_token(engine, batch):
-    stream = engine.stream(batch[0], 500, should_stop=lambda: len(stream.ids) >= 7)
+    stream = engine.stream(batch[0], 500, should_stop=lambda: stream.tokens >= 7)
     list(stream)
     assert stream.result.tokens == 7 and not stream.result.ended
     assert list(engine.stream(batch[0], 500, should_stop=lambda: True)) == []

@@ -1,0 +1,205 @@
+import threading
+import time
+
+import pytest
+
+from emergency_kit.data.format import build_messages, read_answer
+from emergency_kit.errors import ModelError
+from emergency_kit.inference.engine import Engine
+from emergency_kit.inference.engines import open_engine
+from emergency_kit.inference.grammar import build_grammar
+from emergency_kit.inference.llama_engine import LlamaEngine
+from emergency_kit.model import backend
+from tests.tiny import resolve
+
+SCENARIOS = ["my house is on fire", "a man fell from a ladder and does not move, 112? 🙂", "gas", "the river rises, 10 cm an hour\n\n<|im_end|>", "a snake bit me"]
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def engine(gguf):
+    engine = LlamaEngine(gguf, slots=2, threads=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Engine(backend.load_checkpoint(resolve(folder).config.model, folder))
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return [build_messages(scenario, None) for scenario in SCENARIOS]
+
+
+def test_prompts_are_the_same_tokens_in_both_engines(engine, reference, batch):
+    assert [engine.encode(messages) for messages in batch] == [reference.encode(messages) for messages in batch]
+
+
+def test_greedy_answers_are_those_of_transformers_streamed_and_batched(engine, reference, batch):
+    seen = []
+    answers = engine.generate(batch, NEW, progress=lambda done, tokens: seen.append((done, tokens)))
+    assert answers == reference.generate(batch, NEW)
+    assert seen[-1] == (len(batch), NEW * len(batch)) and [tokens for _, tokens in seen] == sorted(tokens for _, tokens in seen)
+    for messages, answer in zip(batch[:3], answers):
+        stream = engine.stream(messages, NEW)
+        pieces = list(stream)
+        assert len(pieces) > 3 and "".join(pieces) == answer.text and stream.result == answer
+
+
+def test_sampling_follows_the_seed_and_is_not_cut_to_the_likeliest(engine, batch):
+    def sample(seed):
+        return "".join(engine.stream(batch[0], NEW, temperature=1.0, seed=seed))
+
+    assert sample(1) == sample(1) != sample(2)
+    assert sample(None) != sample(None)
+    # At a temperature this high almost every token is as likely: llama.cpp's own top-k of 40 would show.
+    assert len({"".join(engine.stream(batch[0], 1, temperature=100.0, seed=seed)) for seed in range(60)}) > 50
+
+
+def test_should_stop_is_asked_before_every_token(engine, batch):
+    stream = engine.stream(batch[0], 500, should_stop=lambda: stream.tokens >= 7)
+    list(stream)
+    assert stream.result.tokens == 7 and not stream.result.ended
+    assert list(engine.stream(batch[0], 500, should_stop=lambda: True)) == []
+
+
+@pytest.mark.parametrize("name", ["engine", "reference"])
+def test_answer_ends_before_a_text_to_stop_at_even_one_across_pieces(name, batch, request):
+    engine = request.getfixturevalue(name)
+    whole = "".join(engine.stream(batch[0], NEW))
+    for start, length in ((20, 1), (25, 9), (40, 17)):
+        stop = whole[start:start + length]
+        stream = engine.stream(batch[0], NEW, stop=("never there", stop))
+        assert "".join(stream) == whole[:whole.index(stop)] == stream.result.text and stream.result.ended
+    assert "".join(engine.stream(batch[0], NEW, stop=("never there", whole[-3:] + "!"))) == whole
+
+
+def test_system_prompt_is_computed_once(engine, reference, batch):
+    engine.generate([build_messages("flood", None)] * 2, 1)  # both slots
+    stream = engine.stream(build_messages("earthquake", None), 2)
+    list(stream)
+    assert stream.cached_tokens >= len(reference.tokenizer(batch[0][0]["content"]).input_ids)
+
+
+def test_a_situation_asked_again_is_not_computed_again_after_others(gguf):
+    engine = LlamaEngine(gguf, slots=1, threads=1)
+    prompts = [build_messages(f"{what} " * 200, None) for what in ("flood", "fire", "gas leak")]
+    first = engine.generate(prompts, 8)
+    again = [engine.stream(messages, 8) for messages in prompts]
+    assert [("".join(stream), stream.tokens) for stream in again] == [(answer.text, answer.tokens) for answer in first]
+    assert all(stream.cached_tokens >= len(engine.encode(messages)) - 1 for stream, messages in zip(again, prompts))
+    engine.close()
+
+
+@pytest.mark.parametrize("leave", ["close", "forget"])
+def test_a_cancelled_stream_frees_its_slot(gguf, batch, leave):
+    engine = LlamaEngine(gguf, slots=1, threads=1)
+    stream = engine.stream(batch[0], 3000)
+    next(stream)
+    waiting = engine.stream(batch[1], 4)
+    done = threading.Event()
+    thread = threading.Thread(target=lambda: (list(waiting), done.set()))
+    thread.start()
+    assert not done.wait(0.3), "one slot serves one answer"
+    if leave == "close":
+        stream.close()
+    else:
+        del stream
+    assert done.wait(10) and waiting.result.tokens == 4
+    thread.join()
+    engine.close()
+
+
+def test_more_streams_than_slots_all_end(engine, batch):
+    streams = [engine.stream(batch[number % 5], NEW) for number in range(8)]
+    threads = [threading.Thread(target=list, args=(stream,)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    alone = engine.generate(batch, NEW)
+    assert [stream.result for stream in streams] == [alone[number % 5] for number in range(8)]
+
+
+def test_closing_stops_what_runs_and_what_waits(gguf, batch):
+    engine = LlamaEngine(gguf, slots=1, threads=1)
+    streams = [engine.stream(batch[0], 3000) for _ in range(3)]
+    next(streams[0])
+    threads = [threading.Thread(target=list, args=(stream,)) for stream in streams]
+    for thread in threads:
+        thread.start()
+    started = time.monotonic()
+    engine.close()
+    engine.close()
+    for thread in threads:
+        thread.join(10)
+    assert time.monotonic() - started < 10 and not any(stream.result.ended for stream in streams)
+    with pytest.raises(ModelError, match="closed"):
+        next(engine.stream(batch[0], 4))
+
+
+def test_prompt_over_the_context_is_one_clear_error(gguf):
+    engine = LlamaEngine(gguf, slots=1, context_tokens=256, threads=1)
+    messages = build_messages("fire", None)
+    room = engine.context_tokens - len(engine.encode(messages))
+    with pytest.raises(ModelError, match=f"context of 256 tokens; lower max_new_tokens to {room} or less"):
+        engine.stream(messages, room + 1)
+    list(engine.stream(messages, room))
+    with pytest.raises(ModelError, match="prompt 2 of 2 .*shorten the prompt"):
+        engine.generate([messages, build_messages("fire " * 300, None)], 1)
+    engine.close()
+
+
+def test_both_engines_follow_the_same_grammar(engine, reference, batch):
+    grammar = build_grammar(2048)
+    answer = engine.generate(batch[:3], 14, grammar=grammar)
+    assert answer == reference.generate(batch[:3], 14, grammar=grammar)
+    assert "".join(engine.stream(batch[0], 14, grammar=grammar)) == answer[0].text
+    for each in (engine, reference):
+        with pytest.raises(ModelError, match="grammar: .*unknown_rule"):
+            list(each.stream(batch[0], 4, grammar="start: unknown_rule"))
+
+
+def test_random_model_ends_with_valid_structure_under_the_grammar(engine, batch):
+    """A random model is the worst case: without the grammar it never writes a section, nor ends."""
+    for seed in range(4):
+        stream = engine.stream(batch[seed], 2048, temperature=1.5, seed=seed, grammar=build_grammar(2048))
+        text = "".join(stream)
+        assert stream.result.ended and read_answer(text).valid, text[-200:]
+
+
+def test_damaged_and_missing_files(tmp_path, gguf, folder):
+    model = resolve(folder).config.model
+    with pytest.raises(ModelError, match="no such file; next: make export-gguf"):
+        open_engine(model, tmp_path / "none.gguf")
+    (tmp_path / "text.gguf").write_text("hello")
+    with pytest.raises(ModelError, match="starts with b'hell', not with b'GGUF'"):
+        open_engine(model, tmp_path / "text.gguf")
+    (tmp_path / "cut.gguf").write_bytes(gguf.read_bytes()[:200_000])
+    with pytest.raises(ModelError, match="llama.cpp cannot load it"):
+        open_engine(model, tmp_path / "cut.gguf")
+
+
+def test_open_engine_picks_by_the_path(gguf, folder):
+    model = resolve(folder).config.model
+    engine = open_engine(model, gguf, slots=1)
+    assert isinstance(engine, LlamaEngine) and isinstance(open_engine(model, folder), Engine)
+    engine.close()
+
+
+def test_an_answer_that_goes_round_ends_at_the_first_step_that_stood_before():
+    from emergency_kit.inference.engines import State, Stream, repeats_itself
+
+    text = "GUIDANCE\n1. Call 112.\n2. Do not run.\n3. Call 112.\n4. Do not run.\n5. Call"
+
+    def pieces(state: State):
+        for place in range(0, len(text), 3):
+            state.tokens += 1
+            yield text[place:place + 3]
+
+    stream = Stream(pieces, grammar="any")
+    assert "".join(stream) == "GUIDANCE\n1. Call 112.\n2. Do not run.\n3. Call 112." and stream.ended
+    assert "".join(Stream(pieces)) == text
+    assert not repeats_itself("FACTS\n• a\n• a\n") and not repeats_itself("GUIDANCE\n1. a\n2. b\n3. a") and repeats_itself("1. a\n2. a\n")
