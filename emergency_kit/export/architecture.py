@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from emergency_kit.errors import ExportError
 from emergency_kit.export.quantize import ModelShape
@@ -69,30 +69,55 @@ def head_weights(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def list_tensors(model: Any, source: str) -> Iterator[tuple[str, Any]]:
-    """`(GGUF name, torch tensor)` of every tensor, as it lies in the model; tied output weights once.
+@dataclass(frozen=True)
+class Place:
+    """A tensor's GGUF name, its name in transformers, and its shape as both have it."""
+
+    gguf: str
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+def list_tensors(model: Any, source: str) -> list[Place]:
+    """Every tensor in the order of the file; tied output weights once. model: may be a skeleton.
 
     Raises ExportError for a tensor that has no place in a GGUF file of this family.
     """
+    places = []
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        match = _LAYER_NAME.fullmatch(name)
-        if name in _TOP:
-            yield _TOP[name], tensor
-        elif match and match.group(2) in _LAYER:
-            yield f"blk.{match.group(1)}.{_LAYER[match.group(2)]}.{match.group(3)}", tensor
-        else:
+        gguf = gguf_name(name)
+        if gguf is None:
             raise ExportError(f"model {source}: tensor {name} has no place in a GGUF file of {model.config.model_type}; "
                               "convert the merged folder with llama.cpp's own convert_hf_to_gguf.py")
+        places.append(Place(gguf, name, tuple(tensor.shape)))
+    return places
+
+
+def gguf_name(name: str) -> str | None:
+    """llama.cpp's name of a transformers tensor, None where it has none."""
+    match = _LAYER_NAME.fullmatch(name)
+    if match and match.group(2) in _LAYER:
+        return f"blk.{match.group(1)}.{_LAYER[match.group(2)]}.{match.group(3)}"
+    return _TOP.get(name)
+
+
+def is_reordered(gguf: str, family: Family) -> bool:
+    """Whether the rows of a tensor stand in another order in the file; gguf: its name there."""
+    return family.permuted and gguf.startswith("blk.") and gguf.split(".")[2] in ("attn_q", "attn_k")
 
 
 def reorder_rows(name: str, rows: "numpy.ndarray", config: Any, family: Family) -> "numpy.ndarray":
     """Rows of Q and K from transformers' rotary order (halves) to llama.cpp's (pairs); others unchanged."""
-    part = name.split(".")[2] if name.startswith("blk.") else ""
-    if not family.permuted or part not in ("attn_q", "attn_k"):
+    if not is_reordered(name, family):
         return rows
-    heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
+    heads = config.num_attention_heads if name.split(".")[2] == "attn_q" else config.num_key_value_heads
     halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 

@@ -1,35 +1,40 @@
-"""GGUF: one file with weights, tokenizer and chat template, for llama.cpp and what is built on it.
+"""GGUF export: files with weights, tokenizer and chat template, for llama.cpp and what is built on it.
 
-In: an adapter (merged on the way), a merged or a base folder of the Llama, Mistral, Qwen2 or Qwen3
-family. Out: `<output_dir>/gguf/<model>-<type>.gguf` for each type, then `manifest.json`. A file takes its
-name only after real llama.cpp has loaded it and `parity.prove_gguf` is content. Memory: the model in
-float32 plus one tensor. Run: `emergency-kit export-gguf`, types by `-q` or `export.quantizations`.
+In: an adapter (merged on the way), a merged or a base folder of the Llama, Mistral, Qwen2 or Qwen3 family. Out:
+`<output_dir>/gguf/<model>-<type>.gguf` for each type, its certificate beside it, then `manifest.json`. A file takes
+its name only after real llama.cpp has loaded it and `certificate` is content. Memory: writing holds one block of rows
+at a time; proving holds the model in float32 where it fits. Run: `emergency-kit export-gguf`, types by `-q` or `export.quantizations`.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from emergency_kit.artifacts import check_writable, hash_parent, load_manifest, save_manifest, staged_file
+from emergency_kit.artifacts import hash_file, hash_parent, load_manifest, save_json, save_manifest, save_text
 from emergency_kit.config import Resolved
 from emergency_kit.errors import ExportError
-from emergency_kit.export import architecture, parity
-from emergency_kit.export.merge import load_merged, load_skeleton, on_cpu
-from emergency_kit.export.progress import INTERVAL_SECONDS, report_while
-from emergency_kit.export.quantize import Quantization, choose_type, count_bytes, encode_rows, pick_quantizations
-from emergency_kit.export.vocabulary import Vocabulary, add_vocabulary, build_vocabulary
-from emergency_kit.model import backend
+from emergency_kit.export import architecture, certificate, certificate_text, packages
+from emergency_kit.export.certificate import Examiner
+from emergency_kit.export.gguf_file import Plan, build_plan, write_gguf
+from emergency_kit.export.layouts import Layouts, write_layouts
+from emergency_kit.export.memory import measure_peak
+from emergency_kit.export.merge import load_skeleton, on_cpu
+from emergency_kit.export.quantize import pick_quantizations
+from emergency_kit.export.reference import load_reference
+from emergency_kit.export.verdict import describe_verdict, find_verdict
+from emergency_kit.export.vocabulary import Vocabulary, build_vocabulary
+from emergency_kit.export.weights import Weights, load_weights
+from emergency_kit.files import check_writable, staged_file
+from emergency_kit.model import backend, hf_backend
 
 METADATA_BYTES = 32_000_000
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
     """What is exported: a folder, its kind (`adapter` or `model`), and the name for the files."""
 
@@ -38,113 +43,73 @@ class Source:
     name: str
 
 
-@dataclass
-class Plan:
-    """Type of every tensor of one file. fallbacks: type that the rows got instead, to number of tensors."""
+@dataclass(frozen=True)
+class Opened:
+    """A source that has been looked at: no weights are in memory. skeleton: the model without them; total: number of weights."""
 
-    quantization: Quantization
-    types: dict[str, str] = field(default_factory=dict)
-    fallbacks: dict[str, int] = field(default_factory=dict)
-    total_bytes: int = 0
+    source: Source
+    skeleton: Any
+    family: architecture.Family
+    weights: Weights
+    tokenizer: Any
+    vocabulary: Vocabulary
+    license_id: str | None
+
+    @property
+    def total(self) -> int:
+        """Number of weights, tied ones once."""
+        return sum(place.weights for place in architecture.list_tensors(self.skeleton, str(self.source.folder)))
 
 
-def export_gguf(resolved: Resolved, checkpoint: Path | None = None, out: Path | None = None, overwrite: bool = False) -> list[Path]:
+def export_gguf(resolved: Resolved, checkpoint: Path | None = None, out: Path | None = None, overwrite: bool = False,
+                layouts: Layouts = Layouts(), override_verdict: str | None = None) -> list[Path]:
     """Write one GGUF file for each of `export.quantizations` and return their paths.
 
     checkpoint: adapter, merged or base folder; by default the merged model where it is of the adapter's
-    making, else the adapter. out: folder, by default `<output_dir>/gguf`. Raises ExportError for an unknown type,
-    an existing file without `overwrite`, a model or tokenizer that llama.cpp cannot have, or a file that does not
-    answer like its source; ModelError for a broken checkpoint. A file that fails is not kept.
+    making, else the adapter. out: folder, by default `<output_dir>/gguf`. layouts: what else to make of the files; one that is
+    there already, of the same source, is taken as it is then. Raises ExportError for an unknown type, an existing file
+    without `overwrite`, a model or tokenizer that llama.cpp cannot have, or a file out of its bounds; VerdictError
+    (see `verdict`); ModelError for a broken checkpoint. A file that fails is not kept.
     """
     quantizations = pick_quantizations(list(resolved.config.export.quantizations))
-    section = on_cpu(resolved.config.model)
-    source = _pick_source(resolved, checkpoint)
+    packages.require_gguf()
+    source = pick_source(resolved, checkpoint)
+    verdict = find_verdict(resolved, source.folder, override_verdict)
     out = Path(out or Path(resolved.config.training.output_dir) / "gguf")
     targets = {item.name: out / f"{source.name}-{item.name}.gguf" for item in quantizations}
-    there = [str(path) for path in targets.values() if path.exists()]
-    if there and not overwrite:
-        raise ExportError(f"{', '.join(there)}: already there; replace with --overwrite, or choose another folder with --output")
-    if source.kind == "adapter":
-        backend.require_base(section)
-    skeleton = load_skeleton(backend.base_name(section) if source.kind == "adapter" else str(source.folder), section)
-    family = architecture.pick_family(skeleton.config, str(source.folder))
-    plans = [build_plan(skeleton, item, str(source.folder)) for item in quantizations]
-    check_writable(out, sum(plan.total_bytes + METADATA_BYTES for plan in plans), remedy="choose another with --output")
-
-    model, tokenizer, merged_by = _load(resolved, source)
-    vocabulary = build_vocabulary(tokenizer, skeleton.config.vocab_size, str(source.folder))
-    shown = f"{vocabulary.kind} tokenizer ({vocabulary.pre})" if vocabulary.kind == "gpt2" else "SentencePiece tokenizer"
-    print(f"Architecture {family.name}, {shown}, {len(plans[0].types)} tensors", flush=True)
+    kept = _find_kept(out, source, list(targets.values()), overwrite, reuse=layouts.wanted)
+    todo = [item for item in quantizations if targets[item.name] not in kept]
     written: dict[str, dict[str, Any]] = {}
-    try:
-        for plan in plans:
-            target = targets[plan.quantization.name]
-            written[target.name] = _export_one(plan, target, model, tokenizer, vocabulary, source, family, resolved) | merged_by
-    finally:
-        if written:
-            _save_manifest(out, source, written, resolved)
-    print(f"Next: llama-server -m {targets[quantizations[-1].name]}, or any program that reads GGUF", flush=True)
+    opened = open_source(resolved, source)
+    if todo:
+        plans = [build_plan(opened.skeleton, item, str(source.folder)) for item in todo]
+        check_writable(out, sum(plan.total_bytes + METADATA_BYTES for plan in plans), remedy="choose another with --output")
+        shown = f"{opened.vocabulary.kind} tokenizer ({opened.vocabulary.pre})" if opened.vocabulary.kind == "gpt2" else "SentencePiece tokenizer"
+        print(f"Architecture {opened.family.name}, {shown}, {len(plans[0].types)} tensors, verdict: {describe_verdict(verdict)}", flush=True)
+        examiner = build_examiner(resolved, opened)
+        try:
+            for plan in plans:
+                target = targets[plan.quantization.name]
+                written[target.name] = _export_one(plan, target, opened, examiner, resolved) | {"verdict": verdict}
+        finally:
+            if written:
+                save_export_manifest(out, source, written, resolved)
+    if layouts.wanted:
+        write_layouts(layouts, list(targets.values()), source.name, opened.tokenizer, opened.license_id, resolved, overwrite)
+        save_export_manifest(out, source, written, resolved)
+    print(f"Next: llama-server -m {targets[quantizations[-1].name]}, or any program that reads GGUF; "
+          f"emergency-kit export-gguf --list-exports --output {out}", flush=True)
     return list(targets.values())
 
 
-def build_plan(model: Any, quantization: Quantization, source: str) -> Plan:
-    """Choose each tensor's type; `model` may be a skeleton. Names are GGUF's, in the order of the file."""
-    plan = Plan(quantization)
-    shape = architecture.shape_of(model.config)
-    for name, tensor in architecture.list_tensors(model, source):
-        tensor_type, fell_back = choose_type(quantization, name, tensor.dim(), tensor.shape[-1], shape)
-        plan.types[name] = tensor_type
-        plan.total_bytes += count_bytes(tensor_type, tensor.numel())
-        if fell_back:
-            plan.fallbacks[tensor_type] = plan.fallbacks.get(tensor_type, 0) + 1
-    return plan
-
-
-def write_gguf(path: Path, plan: Plan, model: Any, vocabulary: Vocabulary, family: architecture.Family, name: str,
-               license_id: str | None = None) -> None:
-    """Write one file, tensor by tensor. model: in float32, or any type that float32 holds exactly."""
-    from gguf import GGML_QUANT_VERSION, GGMLQuantizationType, GGUFWriter
-
-    import numpy
-
-    config, quantization = model.config, plan.quantization
-    writer = GGUFWriter(path, family.name)
-    try:
-        architecture.add_metadata(writer, config, family, name, license_id)
-        writer.add_file_type(quantization.file_type)
-        if not quantization.exact:
-            writer.add_quantization_version(GGML_QUANT_VERSION)
-        add_vocabulary(writer, vocabulary)
-        factors = architecture.build_rope_factors(config)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
-        tensors = list(architecture.list_tensors(model, name))
-        for tensor_name, tensor in tensors:
-            tensor_type = plan.types[tensor_name]
-            writer.add_tensor_info(tensor_name, tuple(tensor.shape), numpy.dtype(numpy.float32), count_bytes(tensor_type, tensor.numel()),
-                                   raw_dtype=GGMLQuantizationType[tensor_type])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        if factors is not None:
-            writer.write_tensor_data(factors)
-        last = time.monotonic()
-        for number, (tensor_name, tensor) in enumerate(tensors, 1):
-            rows = architecture.reorder_rows(tensor_name, tensor.detach().to("cpu", torch.float32).numpy(), config, family)
-            writer.write_tensor_data(encode_rows(rows, plan.types[tensor_name], tensor_name))
-            if time.monotonic() - last > INTERVAL_SECONDS:
-                last = time.monotonic()
-                print(f"  ... {quantization.name}: tensor {number} of {len(tensors)}", flush=True)
-    finally:
-        writer.close()
-
-
-def _pick_source(resolved: Resolved, checkpoint: Path | None) -> Source:
+def pick_source(resolved: Resolved, checkpoint: Path | None) -> Source:
+    """The folder to export; the files are named by `--model-name` where it is given, else by the folder or the finished model."""
     training, section = resolved.config.training, on_cpu(resolved.config.model)
     if checkpoint is not None:
         folder = Path(checkpoint)
         print(f"Exporting {folder}", flush=True)
-        return Source(folder, backend.check_checkpoint(folder, section), folder.resolve().name)
+        named = resolved.origins.get("training.model_name") == "command line"
+        return Source(folder, backend.check_checkpoint(folder, section), training.model_name if named else folder.resolve().name)
     adapter = Path(training.output_dir) / "checkpoints" / training.model_name
     merged = Path(training.output_dir) / "merged" / training.model_name
     folder, reason = adapter, f"there is no {merged}"
@@ -156,6 +121,40 @@ def _pick_source(resolved: Resolved, checkpoint: Path | None) -> Source:
     return Source(folder, kind, training.model_name)
 
 
+def open_source(resolved: Resolved, source: Source) -> Opened:
+    """Look at names, shapes, tokenizer and licence of a source; raises ExportError or ModelError for what cannot be exported."""
+    section = on_cpu(resolved.config.model)
+    if source.kind == "adapter":
+        backend.require_base(section)
+    base = backend.base_name(section) if source.kind == "adapter" else str(source.folder)
+    skeleton = load_skeleton(base, section)
+    family = architecture.pick_family(skeleton.config, str(source.folder))
+    places = architecture.list_tensors(skeleton, str(source.folder))
+    weights = load_weights(base, section.revision if source.kind == "adapter" else None, source.folder if source.kind == "adapter" else None)
+    weights.check({place.name: place.shape for place in places})
+    tokenizer = hf_backend.load_tokenizer(str(source.folder), None)
+    vocabulary = build_vocabulary(tokenizer, skeleton.config.vocab_size, str(source.folder))
+    return Opened(source, skeleton, family, weights, tokenizer, vocabulary, find_license(resolved, source.folder))
+
+
+def build_examiner(resolved: Resolved, opened: Opened) -> Examiner:
+    """The examiner of a source's files."""
+    return Examiner(resolved, opened.tokenizer, lambda: load_reference(
+        resolved, opened.source.folder, opened.source.kind, opened.weights, opened.skeleton.config, opened.tokenizer, opened.total))
+
+
+def find_license(resolved: Resolved, folder: Path) -> str | None:
+    """License of the base model: known for the bundled one, else from a model card beside the weights."""
+    if resolved.config.model.name == "bundled":
+        return "apache-2.0"
+    for place in (folder, Path(resolved.config.model.name)):
+        card = place / "README.md"
+        found = re.search(r"^license:\s*([\w.-]+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.M) if card.is_file() else None
+        if found:
+            return found.group(1)
+    return None
+
+
 def _is_stale(merged: Path, adapter: Path) -> bool:
     """Whether the adapter that stands there now is another one than the merged model was made from."""
     parents = (load_manifest(merged) or {}).get("parents", [])
@@ -163,54 +162,53 @@ def _is_stale(merged: Path, adapter: Path) -> bool:
     return bool(current and parents and parents[0]["sha256"] and parents[0]["sha256"] != current)
 
 
-def _load(resolved: Resolved, source: Source) -> tuple[Any, Any, dict[str, Any]]:
-    """Model in float32 on the CPU, tokenizer, and what the manifest says of a merge on the way."""
-    if source.kind == "adapter":
-        merged = load_merged(resolved, source.folder)
-        print(f"Merged with {backend.base_name(resolved.config.model)} in memory: largest logit difference {merged.difference:.1e} "
-              f"(limit {resolved.config.export.merge_max_logit_difference:g})", flush=True)
-        return merged.model, merged.tokenizer, {"merge_max_abs_logit_difference": merged.difference}
-    with report_while(f"loading {source.folder}"):
-        loaded = backend.load_checkpoint(on_cpu(resolved.config.model), source.folder, dtype=torch.float32)
-    return loaded.model, loaded.tokenizer, {}
+def _find_kept(out: Path, source: Source, targets: list[Path], overwrite: bool, reuse: bool) -> set[Path]:
+    """Files that stand as they are; raises ExportError for one that is in the way."""
+    there = [path for path in targets if path.exists()]
+    if overwrite or not there:
+        return set()
+    if reuse:
+        files = (load_manifest(out) or {}).get("export", {}).get("files", {})
+        same = {path for path in there if files.get(path.name, {}).get("source_sha256") == hash_parent(source.folder) is not None}
+        for path in sorted(same):
+            print(f"{path}: already there, of the same model", flush=True)
+        there = [path for path in there if path not in same]
+        if not there:
+            return same
+    raise ExportError(f"{', '.join(map(str, there))}: already there; replace with --overwrite, or choose another folder with --output")
 
 
-def _export_one(plan: Plan, target: Path, model: Any, tokenizer: Any, vocabulary: Vocabulary, source: Source,
-                family: architecture.Family, resolved: Resolved) -> dict[str, Any]:
+def _export_one(plan: Plan, target: Path, opened: Opened, examiner: Examiner, resolved: Resolved) -> dict[str, Any]:
     """Write and prove one file; returns its entry in the manifest."""
-    started = time.monotonic()
+    source, started = opened.source, time.monotonic()
     with staged_file(target) as temporary:
-        write_gguf(temporary, plan, model, vocabulary, family, source.name, _find_license(resolved, source))
+        with measure_peak() as peak:
+            write_gguf(temporary, plan, opened.skeleton.config, opened.weights, opened.vocabulary, opened.family, source.name, opened.license_id)
         wrote = time.monotonic() - started
-        proof = parity.prove_gguf(temporary, plan.quantization, model, tokenizer, resolved)
-    size = target.stat().st_size
-    print(f"{target}: {size / 1e6:.1f} MB, written in {wrote:.0f} s, proved in {time.monotonic() - started - wrote:.0f} s")
-    if plan.fallbacks:
-        listed = ", ".join(f"{number} as {name}" for name, number in plan.fallbacks.items())
-        print(f"  {sum(plan.fallbacks.values())} of {len(plan.types)} tensors have rows that {plan.quantization.tensor_type} cannot pack: {listed}")
-    ties = f", {proof['tied']} tied" if proof["tied"] else ""
-    print(f"  llama.cpp: {proof['prompts']} prompts split into the same tokens; {proof['equal']} of {proof['tokens']} chosen tokens equal PyTorch's"
-          f"{ties}{'' if plan.quantization.exact else ' in float32'}")
-    if proof["templates_equal"] < proof["prompts"]:
-        print(f"  note: llama.cpp renders {proof['prompts'] - proof['templates_equal']} of {proof['prompts']} chats otherwise than transformers; "
-              "send rendered prompts, as the kit does, not chat messages")
-    print(end="", flush=True)
-    return {"quantization": plan.quantization.name, "bytes": size, "source": str(source.folder), "fallbacks": plan.fallbacks, "proof": proof}
+        size = temporary.stat().st_size
+        memory = f", {peak.added_bytes / 1e6:.0f} MB of memory beyond the program's own" if peak.added_bytes is not None else ""
+        print(f"{target}: {size / 1e6:.1f} MB, written in {wrote:.0f} s{memory}", flush=True)
+        if plan.fallbacks:
+            listed = ", ".join(f"{number} as {name}" for name, number in plan.fallbacks.items())
+            print(f"  {sum(plan.fallbacks.values())} of {len(plan.types)} tensors have rows that {plan.quantization.tensor_type} cannot pack: {listed}", flush=True)
+        proof = certificate.certify(temporary, plan.quantization, examiner)
+        certificate.check(proof, resolved.config.export)
+        proof = {"file": target.name, "sha256": hash_file(temporary), "bytes": size, "fallbacks": plan.fallbacks, **proof}
+    print(certificate_text.summarise(proof, time.monotonic() - started - wrote), flush=True)
+    save_certificate(target, proof)
+    shown = {**proof, "greedy": {key: value for key, value in proof["greedy"].items() if key != "answers"}}
+    return {"quantization": plan.quantization.name, "bytes": size, "sha256": proof["sha256"], "source": str(source.folder),
+            "source_sha256": hash_parent(source.folder), "fallbacks": plan.fallbacks, "write_seconds": round(wrote, 2),
+            "write_peak_added_bytes": peak.added_bytes, "certificate": shown}
 
 
-def _find_license(resolved: Resolved, source: Source) -> str | None:
-    """License of the base model: known for the bundled one, else from a model card beside the weights."""
-    if resolved.config.model.name == "bundled":
-        return "apache-2.0"
-    for folder in (source.folder, Path(resolved.config.model.name)):
-        card = folder / "README.md"
-        found = re.search(r"^license:\s*([\w.-]+)\s*$", card.read_text(encoding="utf-8", errors="replace"), re.M) if card.is_file() else None
-        if found:
-            return found.group(1)
-    return None
+def save_certificate(target: Path, proof: dict[str, Any]) -> None:
+    """Write a certificate beside its file, for programs and for people."""
+    save_json(target.with_suffix(".certificate.json"), proof)
+    save_text(target.with_suffix(".certificate.md"), certificate_text.render(proof))
 
 
-def _save_manifest(out: Path, source: Source, written: dict[str, dict[str, Any]], resolved: Resolved) -> None:
+def save_export_manifest(out: Path, source: Source, written: dict[str, dict[str, Any]], resolved: Resolved) -> None:
     """The manifest over all files of the folder; entries of files from earlier runs are carried on."""
     earlier = (load_manifest(out) or {}).get("export", {}).get("files", {})
     files = {name: entry for name, entry in (earlier | written).items() if (out / name).is_file()}

@@ -1,6 +1,7 @@
 """Merge: fold a LoRA adapter into its base model, and prove that no answer changed.
 
-In: an adapter checkpoint and the base model that it was trained on. Out: a full model's folder,
+In: an adapter checkpoint and the base model that it was trained on, or a model that was trained in full, which is written out as it
+is (in `export.merge_dtype`). Out: a full model's folder,
 `<output_dir>/merged/<checkpoint name>/`, whole or not at all, that transformers loads without PEFT.
 The proof: logits of real prompts from the folder as it stands on the disk, against base plus adapter.
 Works on the CPU in float32: 4 bytes a weight in memory. Run: `emergency-kit merge`.
@@ -14,11 +15,12 @@ from typing import Any
 
 import torch
 
-from emergency_kit.artifacts import check_writable, load_manifest, save_manifest, staged_folder
+from emergency_kit.artifacts import load_manifest, save_manifest
 from emergency_kit.config import ModelSection, Resolved
 from emergency_kit.errors import ExportError, ModelError
 from emergency_kit.export import parity
 from emergency_kit.export.progress import report_while
+from emergency_kit.files import check_writable, staged_folder
 from emergency_kit.model import backend, hf_backend
 
 SLACK_BYTES = 64_000_000
@@ -50,17 +52,20 @@ def merge(resolved: Resolved, checkpoint: Path | None = None, out: Path | None =
     training, section = resolved.config.training, on_cpu(resolved.config.model)
     checkpoint = Path(checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
     out = Path(out or Path(training.output_dir) / "merged" / checkpoint.resolve().name)
-    if backend.check_checkpoint(checkpoint, section) != "adapter":
+    full = backend.check_checkpoint(checkpoint, section) != "adapter"
+    if full and backend.kind_of(load_manifest(checkpoint)) != "full":
         raise ExportError(f"checkpoint {checkpoint}: already a full model; nothing to merge. "
                           f"Next: make export-gguf ARGS=\"--checkpoint {checkpoint}\"")
     _check_out(out, checkpoint, overwrite)
     base = backend.base_name(section)
-    backend.require_base(section)
-    skeleton = load_skeleton(base, section)
+    if not full:
+        backend.require_base(section)
+    skeleton = load_skeleton(str(checkpoint) if full else base, section)
     dtype = _pick_dtype(resolved.config.export.merge_dtype, skeleton.config)
     weights = sum(parameter.numel() for parameter in skeleton.parameters())
     check_writable(out.parent, weights * dtype.itemsize + SLACK_BYTES, remedy="choose another with --output")
-    print(f"Merging {checkpoint} into {base}: {weights / 1e6:.1f} million weights, float32 on the CPU, saved as {_name(dtype)}", flush=True)
+    what = f"{checkpoint} is a full model, so there is nothing to merge; it is written out" if full else f"Merging {checkpoint} into {base}"
+    print(f"{what}: {weights / 1e6:.1f} million weights, float32 on the CPU, saved as {_name(dtype)}", flush=True)
 
     merged = load_merged(resolved, checkpoint)
     with staged_folder(out) as folder:
@@ -87,8 +92,10 @@ def load_merged(resolved: Resolved, checkpoint: Path) -> Merged:
     with report_while(f"loading {checkpoint}"):
         loaded = backend.load_checkpoint(on_cpu(resolved.config.model), checkpoint, dtype=torch.float32)
     prompts = parity.build_prompts(resolved, loaded.tokenizer)
-    with report_while("asking base plus adapter"):
+    with report_while(f"asking {'base plus adapter' if loaded.kind == 'adapter' else 'the model'}"):
         logits = parity.compute_logits(loaded.model, loaded.tokenizer, prompts)
+    if loaded.kind != "adapter":
+        return Merged(loaded.model, loaded.tokenizer, prompts, logits, 0.0)
     with report_while("merging"):
         try:
             model = loaded.model.merge_and_unload(safe_merge=True)
@@ -142,20 +149,20 @@ def _pick_dtype(wanted: str, config: Any) -> torch.dtype:
 
 
 def _check_finite(checkpoint: Path) -> None:
-    """Raise ExportError on NaN or infinity in the adapter, ModelError where the file is no safetensors file."""
+    """Raise ExportError on NaN or infinity in what was trained, ModelError where a file is no safetensors file."""
     from safetensors import SafetensorError, safe_open
 
-    try:
-        with safe_open(checkpoint / "adapter_model.safetensors", framework="pt") as tensors:
-            for name in tensors.keys():
-                values = tensors.get_tensor(name)
-                bad = int((~torch.isfinite(values)).sum())
-                if bad:
-                    raise ExportError(f"checkpoint {checkpoint}: {bad} of {values.numel()} weights of {name} are NaN or infinite; "
-                                      "the training run diverged or the file is damaged. Use an earlier checkpoint or train again")
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"checkpoint {checkpoint}: adapter_model.safetensors is not readable ({error}); "
-                         "use another checkpoint or train again") from None
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():
+                    values = tensors.get_tensor(name)
+                    bad = int((~torch.isfinite(values)).sum())
+                    if bad:
+                        raise ExportError(f"checkpoint {checkpoint}: {bad} of {values.numel()} weights of {name} are NaN or infinite; "
+                                          "the training run diverged or the file is damaged. Use an earlier checkpoint or train again")
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"checkpoint {checkpoint}: {path.name} is not readable ({error}); use another checkpoint or train again") from None
 
 
 def _save(merged: Merged, folder: Path, dtype: torch.dtype, base: str) -> None:

@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emergency_kit.artifacts import load_manifest, save_manifest, verify_folder
 from emergency_kit.errors import ExportError, ModelError
-from emergency_kit.export import architecture, parity
-from emergency_kit.export.gguf import _pick_source, build_plan, export_gguf, write_gguf
+from emergency_kit.export import architecture, certificate, parity
+from emergency_kit.export.gguf import build_examiner, export_gguf, open_source, pick_source
+from emergency_kit.export.gguf_file import build_plan, write_gguf
 from emergency_kit.export.quantize import QUANTIZATIONS
 from emergency_kit.export.vocabulary import PRE_TOKENIZERS, build_vocabulary
+from emergency_kit.export.weights import load_weights
 from tests.export import tiny
 
 TEXTS = ["112", "1-800-222-1222", "10 cm", "call 911 now!!", "🔥🚑 ok", "a\n\nb\n \n  c\t\td  ", "“don’t” — it’s", "37.5°C, ½ cup, 3/4", "é ñ 水 ١٢٣",
@@ -27,8 +29,7 @@ TEXTS = ["112", "1-800-222-1222", "10 cm", "call 911 now!!", "🔥🚑 ok", "a\n
 
 
 def ask(path: Path, **request: object) -> dict:
-    empty = {"texts": [], "prompts": [], "messages": [], "new_tokens": 1, "context_tokens": 512, "exact": True}
-    return parity.ask_llama({"model": str(path), **empty, **request}, path.stat().st_size)
+    return parity.ask_llama({"model": str(path), **request}, path.stat().st_size)
 
 
 def read_field(path: Path, key: str) -> object:
@@ -45,14 +46,31 @@ def exported(base: Path, adapter: Path, tmp_path_factory: pytest.TempPathFactory
 
 def test_files_and_manifest(exported: dict[str, Path], adapter: Path) -> None:
     folder = exported["f16"].parent
-    assert sorted(path.name for path in folder.iterdir()) == ["final-f16.gguf", "final-q4_k_m.gguf", "final-q8_0.gguf", "manifest.json"]
+    stems = ["final-f16", "final-q4_k_m", "final-q8_0"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted([f"{stem}{end}" for stem in stems for end in (".certificate.json", ".certificate.md", ".gguf")]
+                                                                    + ["manifest.json"])
     assert verify_folder(folder) == []
     manifest = load_manifest(folder)
     assert manifest["stage"] == "export" and manifest["parents"][0]["path"] == str(adapter)
     entry = manifest["export"]["files"]["final-f16.gguf"]
-    assert entry["bytes"] == exported["f16"].stat().st_size and entry["quantization"] == "f16"
-    assert entry["proof"]["different"] == 0 and entry["proof"]["templates_equal"] == 5
-    assert entry["proof"]["equal"] + entry["proof"]["tied"] == entry["proof"]["tokens"] > 20
+    assert entry["bytes"] == exported["f16"].stat().st_size and entry["quantization"] == "f16" and entry["sha256"] == manifest["files"]["final-f16.gguf"]
+    assert entry["verdict"]["verdict"] == "none" and entry["write_peak_added_bytes"] < 200_000_000
+
+
+def test_certificate_holds_what_was_compared(exported: dict[str, Path]) -> None:
+    proof = json.loads(exported["f16"].with_suffix(".certificate.json").read_text())
+    assert proof["tokenizer"] == {"strings": 120, "equal": 120, "first_difference": None, "composed_before": 0}
+    assert proof["template"] == {"chats": 7, "equal": 7}
+    numbers = proof["distributions"]
+    assert numbers["answer_tokens"] >= 60 and numbers["mean_kl"] < 1e-4 and numbers["top1_percent"] > 90
+    assert abs(numbers["perplexity"] / numbers["reference_perplexity"] - 1) < 0.01
+    assert proof["greedy"]["prompts"] == len(proof["greedy"]["answers"]) == proof["safety"]["file"]["answers"] == 2
+    assert proof["safety"]["file"]["actions"] > 5 and proof["outside"] == [] and proof["merge_max_abs_logit_difference"] < 1e-3
+    page = exported["f16"].with_suffix(".certificate.md").read_text()
+    assert "within its bounds" in page and proof["sha256"] in page
+    worse = json.loads(exported["q4_k_m"].with_suffix(".certificate.json").read_text())["distributions"]
+    better = json.loads(exported["q8_0"].with_suffix(".certificate.json").read_text())["distributions"]
+    assert numbers["mean_kl"] < better["mean_kl"] < worse["mean_kl"]
 
 
 def test_metadata_describes_model_and_tokenizer(exported: dict[str, Path]) -> None:
@@ -67,7 +85,8 @@ def test_metadata_describes_model_and_tokenizer(exported: dict[str, Path]) -> No
 
 def test_tensors_are_complete_and_close_to_the_merged_model(exported: dict[str, Path], base: Path, adapter: Path) -> None:
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).merge_and_unload()
-    expected = dict(architecture.list_tensors(model, "tiny"))
+    state = model.state_dict()
+    expected = {place.gguf: state[place.name] for place in architecture.list_tensors(model, "tiny")}
     family = architecture.FAMILIES["llama"]
     for name, limit in (("f16", 6e-4), ("q8_0", 5e-3), ("q4_k_m", 0.12)):
         tensors = {tensor.name: tensor for tensor in GGUFReader(exported[name]).tensors}
@@ -94,13 +113,13 @@ def test_default_source_is_the_merged_model_until_it_is_stale(base: Path, adapte
         export_gguf(resolved)
     checkpoint = tiny.copy_folder(adapter, tmp_path / "checkpoints" / "final")
     save_manifest(checkpoint, "train", resolved)
-    assert _pick_source(resolved, None).folder == checkpoint
+    assert pick_source(resolved, None).folder == checkpoint
     merged = tiny.copy_folder(base, tmp_path / "merged" / "final")
     save_manifest(merged, "merge", resolved, parents=[checkpoint, base])
-    assert _pick_source(resolved, None).folder == merged
+    assert pick_source(resolved, None).folder == merged
     (checkpoint / "training_state.json").write_text("{}")  # trained again
     save_manifest(checkpoint, "train", resolved)
-    assert _pick_source(resolved, None).folder == checkpoint
+    assert pick_source(resolved, None).folder == checkpoint
     assert "was made from an earlier adapter" in capsys.readouterr().out
 
 
@@ -127,7 +146,7 @@ def test_families_answer_like_pytorch(kind: str, settings: dict, tmp_path: Path,
     folder = tiny.save_model(tmp_path / kind, kind, **settings)
     resolved = tiny.resolve(folder, tmp_path, "export.quantizations=[f32]")
     path = export_gguf(resolved, checkpoint=folder)[0]
-    assert load_manifest(path.parent)["export"]["files"][path.name]["proof"]["equal"] > 20
+    assert load_manifest(path.parent)["export"]["files"][path.name]["certificate"]["distributions"]["mean_kl"] < 1e-5
     loaded = AutoTokenizer.from_pretrained(folder)
     splitting = "qwen2" if kind == "qwen2" else "smollm"  # transformers splits so for Qwen2, whatever the file says
     assert f"gpt2 tokenizer ({splitting})" in capsys.readouterr().out
@@ -141,10 +160,12 @@ def test_each_known_way_to_split_text_is_llama_cpps(name: str, tmp_path: Path) -
              "Split": lambda value: {"type": "Split", "pattern": {"Regex": value}, "behavior": "Isolated", "invert": False},
              "ByteLevel": lambda value: {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": value}}
     tokenizer = tiny.build_split_tokenizer({"type": "Sequence", "pretokenizers": [built[step](value) for step, value in steps]}, ignore_merges)
-    model = AutoModelForCausalLM.from_pretrained(tiny.save_model(tmp_path / "m", tokenizer=tokenizer, num_hidden_layers=1))
+    folder = tiny.save_model(tmp_path / "m", tokenizer=tokenizer, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     vocabulary = build_vocabulary(tokenizer, 49152, "tiny")
     assert vocabulary.pre == name
-    write_gguf(tmp_path / "m.gguf", build_plan(model, QUANTIZATIONS["f16"], "tiny"), model, vocabulary, architecture.FAMILIES["llama"], "tiny")
+    write_gguf(tmp_path / "m.gguf", build_plan(model, QUANTIZATIONS["f16"], "tiny"), model.config, load_weights(str(folder)), vocabulary,
+               architecture.FAMILIES["llama"], "tiny")
     assert ask(tmp_path / "m.gguf", texts=TEXTS)["tokens"] == [parity.tokenize(tokenizer, text) for text in TEXTS]
 
 
@@ -160,19 +181,46 @@ def test_sentencepiece_mistral(tokenizer_class: str, tmp_path: Path) -> None:
     assert ask(path, texts=texts)["tokens"] == [parity.tokenize(tokenizer, text) for text in texts]
 
 
-def test_proof_finds_unpermuted_rows_and_lost_control_tokens(base: Path, tmp_path: Path) -> None:
+def test_certificate_finds_unpermuted_rows_lost_control_tokens_and_a_cut_file(base: Path, tmp_path: Path) -> None:
     resolved, quantization = tiny.resolve(base, tmp_path), QUANTIZATIONS["f16"]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), AutoTokenizer.from_pretrained(base)
-    vocabulary, plan, llama = build_vocabulary(tokenizer, 49152, "tiny"), build_plan(model, quantization, "tiny"), architecture.FAMILIES["llama"]
-    write_gguf(tmp_path / "rows.gguf", plan, model, vocabulary, dataclasses.replace(llama, permuted=False), "tiny")
-    with pytest.raises(ExportError, match=r"llama.cpp chose another token than PyTorch at \d+ of \d+ places"):
-        parity.prove_gguf(tmp_path / "rows.gguf", quantization, model, tokenizer, resolved)
-    write_gguf(tmp_path / "no-control.gguf", plan, model, dataclasses.replace(vocabulary, kinds=[1] * 49152), llama, "tiny")
-    with pytest.raises(ExportError, match="splits text into other tokens"):
-        parity.prove_gguf(tmp_path / "no-control.gguf", quantization, model, tokenizer, resolved)
+    opened = open_source(resolved, pick_source(resolved, base))
+    examiner, plan, llama = build_examiner(resolved, opened), build_plan(opened.skeleton, quantization, "tiny"), architecture.FAMILIES["llama"]
+
+    def certify(name: str, vocabulary: object = opened.vocabulary, family: object = llama) -> dict:
+        write_gguf(tmp_path / name, plan, opened.skeleton.config, opened.weights, vocabulary, family, "tiny")
+        return certificate.certify(tmp_path / name, quantization, examiner)
+
+    assert certify("right.gguf")["outside"] == []
+    wrong = certify("rows.gguf", family=dataclasses.replace(llama, permuted=False))
+    with pytest.raises(ExportError, match=r"mean KL divergence \S+ is over 0.001.*The file was not kept"):
+        certificate.check(wrong, resolved.config.export)
+    wrong = certify("no-control.gguf", vocabulary=dataclasses.replace(opened.vocabulary, kinds=[1] * 49152))
+    assert wrong["tokenizer"]["equal"] < 120 and "strings into other tokens" in wrong["outside"][0]
+    wrong = certify("other-splitting.gguf", vocabulary=dataclasses.replace(opened.vocabulary, pre="llama-bpe"))
+    assert wrong["tokenizer"]["equal"] < 120 and wrong["outside"]
+    wrong = certify("template.gguf", vocabulary=dataclasses.replace(opened.vocabulary, chat_template="{{ messages[0].content }}"))
+    assert wrong["template"]["equal"] == 0 and "chats otherwise" in wrong["outside"][0]
     (tmp_path / "cut.gguf").write_bytes((tmp_path / "rows.gguf").read_bytes()[:1_000_000])
     with pytest.raises(ExportError, match="llama.cpp cannot use the file"):
-        parity.prove_gguf(tmp_path / "cut.gguf", quantization, model, tokenizer, resolved)
+        certificate.certify(tmp_path / "cut.gguf", quantization, examiner)
+
+
+def test_out_of_bounds_is_not_kept_unless_told(base: Path, tmp_path: Path) -> None:
+    bounds = ["export.quantizations=[q2_k]", "export.max_mean_kl={q2_k: 1e-9}", "export.min_top1_percent={q2_k: 0}"]
+    with pytest.raises(ExportError, match="mean KL divergence .* is over 1e-09.*--allow-out-of-bounds"):
+        export_gguf(tiny.resolve(base, tmp_path, *bounds), checkpoint=base)
+    assert not list((tmp_path / "gguf").glob("*"))
+    path = export_gguf(tiny.resolve(base, tmp_path, *bounds, "export.allow_out_of_bounds=true"), checkpoint=base)[0]
+    assert "is over 1e-09" in load_manifest(path.parent)["export"]["files"][path.name]["certificate"]["outside"][0]
+    assert "OUT OF ITS BOUNDS" in path.with_suffix(".certificate.md").read_text()
+
+
+def test_a_model_too_large_for_memory_is_compared_tensor_by_tensor(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("emergency_kit.export.reference.free_memory", lambda: 1_000_000)
+    path = export_gguf(tiny.resolve(base, tmp_path, "export.quantizations=[f16]"), checkpoint=base)[0]
+    proof = load_manifest(path.parent)["export"]["files"][path.name]["certificate"]
+    assert proof["distributions"]["mean_kl"] < 1e-4 and "one tensor at a time" in proof["reference"]
+    assert proof["greedy"]["same"] is None and proof["safety"]["reference"] is None and proof["outside"] == []
 
 
 def test_unknown_splitting_and_architecture_are_named(base: Path, tmp_path: Path) -> None:
@@ -205,9 +253,10 @@ def test_a_file_that_cannot_be_written_is_not_left(base: Path, tmp_path: Path) -
 
 
 def test_bundled_model_answers_like_pytorch(tmp_path: Path) -> None:
-    resolved = tiny.resolve("bundled", tmp_path, "export.quantizations=[f16]")
+    resolved = tiny.resolve("bundled", tmp_path, "export.quantizations=[f16]", "export.certificate_strings=500")
     path = export_gguf(resolved, checkpoint=tiny.BUNDLED)[0]
-    proof = load_manifest(path.parent)["export"]["files"][path.name]["proof"]
-    assert (proof["tokens"], proof["different"], proof["templates_equal"]) == (100, 0, 5)
+    proof = load_manifest(path.parent)["export"]["files"][path.name]["certificate"]
+    assert proof["distributions"]["mean_kl"] < 1e-5 and proof["distributions"]["top1_percent"] > 99
+    assert proof["template"] == {"chats": 7, "equal": 7} and proof["tokenizer"]["equal"] == 500
     assert len(GGUFReader(path).tensors) == 272
     assert read_field(path, "general.license") == "apache-2.0"
