@@ -2,7 +2,7 @@
 # Set-up runs by itself where it is needed. Variables one may set:
 #   PYTHON=python3.12            the interpreter that makes .venv
 #   TORCH_INDEX=URL              package index for torch, where the usual one would pull CUDA builds
-#   ARGS="--profile embedded"    more flags for train, evaluate, infer, merge, export-gguf and pipeline
+#   ARGS="--profile embedded"    more flags for train, evaluate, infer, merge, export-*, upload-* and pipeline
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PYTHON ?= python3
@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test clean bench-data
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -39,26 +39,133 @@ verify: setup ## Check the environment: packages, model, tokenizer, GPU, disk
 train: setup ## Train LoRA adapters (outputs/checkpoints/final)
 	@$(KIT) train $(ARGS)
 
+plan: setup ## Say what training will take before it loads anything: steps, time, memory, disk (ARGS="--gpu 16GB --fit" for a card that is not here)
+	@$(KIT) plan $(ARGS)
+
 evaluate: setup ## Answer the test split, score it beside the base model (outputs/evaluation_report.json)
 	@$(KIT) evaluate $(ARGS)
+
+evaluate-ai: setup ## The same, with a language model as judge (ANTHROPIC_API_KEY in the environment or .env)
+	@$(KIT) evaluate --ai --ai-provider anthropic $(ARGS)
+
+evaluate-openai: setup ## The same with OpenAI (OPENAI_API_KEY)
+	@$(KIT) evaluate --ai --ai-provider openai $(ARGS)
+
+evaluate-gemini: setup ## The same with Gemini (GEMINI_API_KEY)
+	@$(KIT) evaluate --ai --ai-provider gemini $(ARGS)
+
+gate: setup ## Say whether the evaluated model may ship (outputs/verdict.json); exit code 7 when not
+	@$(KIT) gate $(ARGS)
 
 infer: setup ## Ask the trained model
 	@$(KIT) infer $(ARGS)
 
+serve: setup ## Serve the trained model on this machine: a page for people, an OpenAI-compatible API for programs
+	@$(KIT) serve $(ARGS)
+
 merge: setup ## Merge the adapter into the base model (outputs/merged/final)
 	@$(KIT) merge $(ARGS)
 
-export-gguf: setup ## Write GGUF files for llama.cpp (outputs/gguf)
+export-gguf: setup ## Write GGUF files for llama.cpp, each with its parity certificate (outputs/gguf)
 	@$(KIT) export-gguf $(ARGS)
 
-pipeline: setup ## Train, evaluate, merge
+export-ollama: setup ## The same, with a Modelfile for each (outputs/gguf/ollama)
+	@$(KIT) export-gguf --ollama $(ARGS)
+
+export-lmstudio: setup ## The same, in LM Studio's folders (outputs/gguf/lmstudio)
+	@$(KIT) export-gguf --lmstudio $(ARGS)
+
+kit: setup ## Pack a folder for a USB stick that answers without a network (outputs/kit); the smallest exported file within its bounds
+	@$(KIT) kit $(ARGS)
+
+upload-hf: setup ## Upload the merged model to the Hub: make upload-hf REPO=owner/name
+	@$(KIT) upload-hf --repo "$(REPO)" $(ARGS)
+
+upload-gguf: setup ## Upload the GGUF files to the Hub: make upload-gguf REPO=owner/name
+	@$(KIT) upload-gguf --repo "$(REPO)" $(ARGS)
+
+pipeline: setup ## Train, evaluate, merge, judge; exit code 7 when the verdict is not to ship
 	@$(KIT) pipeline $(ARGS)
+
+measurer: setup ## Measure the safety matcher on hand-labelled sentences and answers (evaluation/measurer/figures.yaml)
+	@$(VENV)/bin/python -m emergency_kit.evaluation.measurer $(ARGS)
+
+twins: setup ## Tell every line of every card in frames that affirm, forbid or lend it, and check how each is read
+	@$(VENV)/bin/python -m emergency_kit.evaluation.twins
 
 bench-data: setup ## Time and memory of preparing 10,000 to 1,000,000 records, beside datasets.map (half an hour, 12 GB of disk)
 	@$(VENV)/bin/python benchmarks/data_scale.py 10000 30000 100000 300000 1000000
 
-test: setup ## Run the tests
-	@$(VENV)/bin/python -m pytest $(ARGS)
+sweep: setup ## Train every combination of settings: make sweep ARGS="--set training.learning_rate=1e-3,2e-3" (outputs/sweep/sweep.md)
+	@$(KIT) sweep $(ARGS)
+
+bench-preference: setup ## DPO from the finished model, then both side by side on the test split and the red team (over an hour on 2 cores)
+	@$(KIT) train --profile embedded --output-dir outputs/preference --set lora.adapter=outputs/checkpoints/final --set training.method=dpo --set dataset.max_samples=200 \
+		--set training.learning_rate=2e-4 --set training.eval_steps=5 --set dataset.max_eval_samples=24 $(ARGS)
+	@$(KIT) evaluate --profile embedded --output-dir outputs/preference --red-team --set evaluation.max_samples=150 --compare outputs/checkpoints/final outputs/preference/checkpoints/final
+
+bench-training: setup ## Training speed and memory beside the original settings and TRL (an hour, 14 GB of memory; installs trl and matplotlib into .venv)
+	@$(PIP) --no-build-isolation -e '.[bench]'
+	@$(VENV)/bin/python benchmarks/training_speed.py --startup
+	@$(VENV)/bin/python benchmarks/training_speed.py
+	@$(VENV)/bin/python benchmarks/training_speed.py --rounds 24 --contenders original,trl-float32,kit --curve outputs/bench/training_curve.svg
+
+bench-plan: setup ## The plan's memory, time and disk beside five real short runs (a quarter of an hour on a quiet machine)
+	@$(VENV)/bin/python benchmarks/plan_accuracy.py $(ARGS)
+
+# An environment of its own over .venv: trackers bring a hundred packages, some of them older than the kit's.
+TRACKERS := outputs/bench/trackers
+prove-trackers: setup ## TensorBoard, W&B offline, MLflow and trackio each read back after a real short run (installs them into outputs/bench/trackers, 5 minutes)
+	@[ -x $(TRACKERS)/bin/python ] || $(VENV)/bin/python -m venv $(TRACKERS)
+	@$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$$(echo $(TRACKERS)/lib/python3*/site-packages)/kit.pth"
+	@$(TRACKERS)/bin/python -m pip --disable-pip-version-check install --quiet -c requirements.lock tensorboard wandb 'mlflow-skinny>=3' sqlalchemy alembic trackio
+	@$(TRACKERS)/bin/python -m tests.training.trackers
+
+bench-export: setup ## Every GGUF type of the trained model: size, time, memory, KL, top-1, safety (half an hour)
+	@$(VENV)/bin/python benchmarks/export_types.py
+
+bench-export-large: setup ## Export of a model with Mistral-7B's shapes and random weights: time and memory (half an hour, 35 GB of disk)
+	@$(VENV)/bin/python benchmarks/export_large.py
+
+bench-quantiser: setup ## Every type byte for byte against llama.cpp's own quantiser (a package of its own in outputs/bench/quantiser)
+	@$(VENV)/bin/python benchmarks/export_quantiser.py
+
+bench-inference: setup ## First token and tokens/s beside transformers generate; needs outputs/gguf/final-q4_k_m.gguf and outputs/merged/final (10 minutes)
+	@$(VENV)/bin/python benchmarks/inference_speed.py $(ARGS)
+
+bench-answers: setup ## Structure and safety of answers with and without grammar and guard, on test and red-team prompts (an hour, can be stopped and gone on with)
+	@$(VENV)/bin/python benchmarks/answer_checks.py $(ARGS)
+
+prove-structure: setup ## 1,000 answers under the grammar, each read back by the strict parser (an hour on two idle cores, two at most)
+	@$(VENV)/bin/python benchmarks/structure_proof.py $(ARGS)
+
+$(VENV)/installed-test.txt: requirements-test.lock | $(VENV)/installed.txt
+	@echo "Installing what only tests need ..."
+	@$(PIP) -r $< 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: the packages of the tests could not be installed; check the network and the package index, then: make test" >&2; exit 2; }
+	@cp $< $@
+
+screenshots: setup $(VENV)/installed-test.txt ## Take the screenshots of the page in docs/images (KIT_CHECKPOINT=outputs/merged/final names another model)
+	@bash tests/install_browser.sh
+	@KIT_SCREENSHOTS=docs/images KIT_CHECKPOINT=$(or $(KIT_CHECKPOINT),outputs/merged/final) $(VENV)/bin/python -m pytest tests/inference/test_page.py -k screenshots
+
+prove-kit: setup $(VENV)/installed-test.txt ## Every byte, browser (flight mode, screenshots in docs/images) and native start of outputs/kit (KIT_FOLDER names another), with no network
+	@bash tests/install_browser.sh
+	@$(KIT) kit --verify $(or $(KIT_FOLDER),outputs/kit)
+	@KIT_FOLDER=$(or $(KIT_FOLDER),outputs/kit) KIT_SCREENSHOTS=docs/images $(VENV)/bin/python -m pytest -s tests/kit/test_browser.py tests/kit/test_computer.py -k "not damaged_wheel and not known_questions and not numbers_of and not without_wheels and not panel and not sheet"
+
+bench-serve: setup $(VENV)/installed-test.txt ## Eight clients on a server for 30 minutes: errors, times, memory
+	@$(VENV)/bin/python -m benchmarks.serve_load $(ARGS)
+
+fuzz-serve: setup $(VENV)/installed-test.txt ## 100,000 fuzzed requests to a server
+	@$(VENV)/bin/python -m benchmarks.serve_load --fuzz 100000
+
+test: setup $(VENV)/installed-test.txt ## Run the tests
+	@bash tests/install_browser.sh
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+storm: setup ## Pull the plug at least 200 times, plant faults, damage and 500,000 mutated inputs (two hours; installs wandb into .venv; some parts need root and cc)
+	@$(PIP) wandb
+	@EMERGENCY_KIT_STORM=full $(VENV)/bin/python -m pytest tests/storm -s $(ARGS)
 
 clean: ## Show what would be deleted and ask; CHECKPOINTS=1 includes trained models
 	@bash scripts/clean.sh $(if $(CHECKPOINTS),--checkpoints)

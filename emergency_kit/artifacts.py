@@ -1,8 +1,8 @@
-"""Artifacts: files and folders that are there whole or not at all, and the manifest that vouches for them.
+"""Artifacts: the manifest that vouches for a folder, and what it says of how the folder was made.
 
-Everything is written to a temporary sibling, flushed to the disk, then renamed. A folder's
-`manifest.json` is written last and holds the sha256 of every other file, the resolved config,
-versions, hardware and the parents it was made from. `verify_folder` reads it back.
+Files are put in place by `files.py`. A folder's `manifest.json` is written last and holds the sha256 of every other file, the
+resolved config, versions, hardware and the parents it was made from. `verify_folder` reads it back. Secrets of the
+environment and in addresses do not reach it: `redact`.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
+import re
 import subprocess
-import tempfile
-import uuid
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from emergency_kit.config import REPOSITORY, Resolved
-from emergency_kit.errors import UsageError
+from emergency_kit.files import save_bytes
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_SECRET_NAME = re.compile(r"(?i)(KEY|TOKEN|SECRET|PASSWORD)$")
+_CREDENTIALS = re.compile(r"(\w+://)[^/\s@]+:[^/\s@]+@")
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "tokenizers",
             "gguf", "libgguf", "xllamacpp", "bitsandbytes", "unsloth")
 
@@ -43,72 +43,12 @@ def hash_json(value: Any) -> str:
 
 def save_text(path: Path, text: str) -> Path:
     """Write a text file in one step; an existing file is replaced whole."""
-    with staged_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return save_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def save_json(path: Path, value: Any) -> Path:
     """Write JSON in one step; an existing file is replaced whole."""
     return save_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-@contextlib.contextmanager
-def staged_file(path: Path) -> Iterator[Path]:
-    """A temporary sibling to write to; on success it is flushed and takes the place of `path`."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid.uuid4().hex[:12]}.partial"
-    try:
-        yield temporary
-        _flush(temporary)
-        os.replace(temporary, path)
-        _flush(path.parent)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-
-
-@contextlib.contextmanager
-def staged_folder(path: Path) -> Iterator[Path]:
-    """A temporary sibling folder to fill; on success it is flushed and takes the place of `path`.
-
-    An existing folder at `path` stays until the new one is whole.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{uuid.uuid4().hex[:12]}.partial"
-    retired = path.parent / f".{uuid.uuid4().hex[:12]}.retired"
-    temporary.mkdir()
-    mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's permissions
-    try:
-        yield temporary
-        for file in sorted(temporary.rglob("*")):
-            if file.is_file():
-                file.chmod(mode)  # safetensors writes for the owner alone; an artifact is made to be passed on
-            _flush(file)
-        _flush(temporary)
-        if path.exists():
-            os.replace(path, retired)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if retired.exists():
-                os.replace(retired, path)
-            raise
-        _flush(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(retired, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save_manifest(folder: Path, stage: str, resolved: Resolved, *, dataset_hash: str | None = None,
@@ -119,7 +59,8 @@ def save_manifest(folder: Path, stage: str, resolved: Resolved, *, dataset_hash:
     """
     files = {str(path.relative_to(folder)): hash_file(path)
              for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MANIFEST}
-    return save_json(folder / MANIFEST, describe(stage, resolved, dataset_hash, parents, extra) | {"files": files})
+    manifest = describe(stage, resolved, dataset_hash, parents, extra) | {"files": files}
+    return save_json(folder / MANIFEST, manifest | {"self": hash_json(manifest)})
 
 
 def describe(stage: str, resolved: Resolved, dataset_hash: str | None = None,
@@ -130,7 +71,7 @@ def describe(stage: str, resolved: Resolved, dataset_hash: str | None = None,
         "stage": stage,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "profile": resolved.profile,
-        "config": resolved.config.model_dump(),
+        "config": redact(resolved.config.model_dump()),
         "git_commit": git_commit(),
         "packages": package_versions(),
         "hardware": hardware(),
@@ -152,7 +93,7 @@ def load_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a folder, or None where it is missing or not readable as one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         return None
@@ -164,30 +105,38 @@ def verify_folder(folder: Path) -> list[str]:
     manifest = load_manifest(folder)
     if manifest is None:
         return [f"{MANIFEST} is missing or not readable"]
-    problems = []
+    known = {key: value for key, value in manifest.items() if key != "self"}
+    problems = [f"{MANIFEST} differs from its own hash"] if manifest.get("self", hash_json(known)) != hash_json(known) else []
+    root = folder.resolve()
     for name, digest in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif hash_file(path) != digest:
-            problems.append(f"{name} differs from its recorded sha256")
+        try:
+            if not path.resolve().is_relative_to(root):
+                problems.append(f"{name} leads out of the folder")
+            elif not path.is_file():
+                problems.append(f"{name} is missing")
+            elif hash_file(path) != digest:
+                problems.append(f"{name} differs from its recorded sha256")
+        except (OSError, ValueError) as error:
+            problems.append(f"{name} is not readable ({getattr(error, 'strerror', None) or error})")
     return problems
 
 
-def check_writable(folder: Path, needed_bytes: int = 0, remedy: str = "choose another with --output-dir") -> None:
-    """Raise UsageError when `folder` cannot be made, written to, or has less free space than needed."""
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".partial") as probe:
-            probe.write(b"\0" * 4096)
-            probe.flush()
-    except OSError as error:
-        raise UsageError(f"output folder {folder}: not writable ({error.strerror}); {remedy}") from None
-    free = shutil.disk_usage(folder).free
-    if free < needed_bytes:
-        raise UsageError(f"output folder {folder}: {free / 1e6:.0f} MB free, {needed_bytes / 1e6:.0f} MB needed; "
-                         f"free some space or {remedy}")
+def redact(value: Any) -> Any:
+    """The same value with secrets as `***`: what stands in environment variables that are named like keys or tokens,
+    and credentials within addresses (`https://user:secret@host`)."""
+    if isinstance(value, str):
+        for secret in _secrets():
+            value = value.replace(secret, "***")
+        return _CREDENTIALS.sub(r"\1***@", value)
+    if isinstance(value, dict):
+        return {key: redact(item) for key, item in value.items()}
+    return [redact(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _secrets() -> list[str]:
+    # Short values would blank out ordinary words.
+    return sorted((held for name, held in os.environ.items() if _SECRET_NAME.search(name) and len(held) >= 8), key=len, reverse=True)
 
 
 def package_versions() -> dict[str, str]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, strategies as st
 
-from emergency_kit.artifacts import check_writable, hash_json, load_manifest, save_json, save_manifest, staged_file, staged_folder, verify_folder
+from emergency_kit.artifacts import hash_json, load_manifest, save_json, save_manifest, verify_folder
 from emergency_kit.config import load_config
 from emergency_kit.errors import UsageError
+from emergency_kit.files import check_writable, staged_file, staged_folder
 
 
 def fill(folder: Path) -> Path:

@@ -1,15 +1,15 @@
 """The structure of the package: imports flow one way, Unsloth in one file, no torch where --help needs speed."""
 
 import ast
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 # A room may import from its own level and from those before it.
-LEVELS = [{"errors"}, {"config"}, {"artifacts"}, {"knowledge"}, {"data", "model"}, {"training"}, {"inference"}, {"evaluation", "export"}, {"cli"}]
+LEVELS = [{"errors"}, {"config_training"}, {"config"}, {"files"}, {"artifacts"}, {"knowledge"}, {"data", "model"}, {"training"}, {"inference"}, {"evaluation", "export"}, {"kit"}, {"cli"}]
 ROOMS = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 SCRIPTS = sorted(Path("scripts").glob("*.py"))
 
@@ -51,9 +51,11 @@ def test_help_is_quick_and_imports_no_torch(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 6
     seconds = []
     for _ in range(5):
-        started = time.perf_counter()
+        # Time of the processor, which is the wall's on an idle machine: other tests run beside this one.
+        started = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-        seconds.append(time.perf_counter() - started)
+        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime)
         assert done.returncode == 0 and "Usage" in done.stdout
     assert min(seconds) < 0.3, seconds
     probe = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(script)!r}, run_name='__main__')\nexcept SystemExit: pass\n" \
@@ -62,10 +64,10 @@ def test_help_is_quick_and_imports_no_torch(script: Path) -> None:
 
 
 def test_broad_handlers_are_few() -> None:
-    """One, in cli.main."""
+    """One in cli.main, and one around trackers, whose errors are any library's and never a reason to lose a run."""
     broad = []
     for path in Path("emergency_kit").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ExceptHandler) and (node.type is None or getattr(node.type, "id", "") == "Exception"):
                 broad.append(str(path))
-    assert broad == ["emergency_kit/cli.py"]
+    assert sorted(broad) == ["emergency_kit/cli.py", "emergency_kit/training/callbacks.py"]

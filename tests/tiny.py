@@ -10,13 +10,13 @@ from emergency_kit.config import Resolved, load_config
 BUNDLED = Path("models/SmolLM2-135M-Instruct")
 
 
-def save_tiny_model(folder: Path, seed: int = 0, context_tokens: int = 16384) -> Path:
+def save_tiny_model(folder: Path, seed: int = 0, context_tokens: int = 16384, tied: bool = False) -> Path:
     """Two layers, hidden size 64; wide initial weights, so that greedy answers vary instead of repeating one token."""
     tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=context_tokens, initializer_range=0.5, bos_token_id=1, eos_token_id=2, pad_token_id=2))
+        max_position_embeddings=context_tokens, initializer_range=0.5, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=2))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
