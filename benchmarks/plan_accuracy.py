@@ -29,12 +29,12 @@ SETTINGS: dict[str, list[str]] = {
 WITHIN = 0.15
 
 
-def predict(settings: list[str], timed: bool) -> None:
+def predict(profile: str, settings: list[str], timed: bool) -> None:
     """Print the prediction, then as one JSON line what is compared."""
     from emergency_kit.config import load_config
     from emergency_kit.training.plan import plan
 
-    made = plan(load_config("embedded", settings=settings), timed=timed)
+    made = plan(load_config(profile, settings=settings), timed=timed)
     total = made.seconds["training"] + made.seconds["evaluations"] if made.seconds else None
     print(json.dumps({"bytes": made.peak_bytes, "seconds": total, "disk": sum(made.disk.values())}))
 
@@ -55,10 +55,11 @@ def main() -> None:
     parser.add_argument("--only", help="part of a setting's name")
     parser.add_argument("--untimed", action="store_true", help="memory and disk alone")
     parser.add_argument("--set", nargs="*", default=[], dest="more", help="settings for all")
+    parser.add_argument("--profile", default="embedded", help=argparse.SUPPRESS)
     parser.add_argument("--predict", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.predict is not None:
-        return predict(given.predict, not given.untimed)
+        return predict(given.profile, given.predict, not given.untimed)
     print(f"{'setting':46} {'memory: plan':>13} {'run':>8} {'off':>7}   {'time: plan':>10} {'run':>8} {'off':>7}   {'disk: plan':>10} {'run':>8}", flush=True)
     outside = 0
     for name, settings in SETTINGS.items():

@@ -75,8 +75,8 @@ def arguments(kind: type, folder: Path, steps: int, **options: Any) -> Any:
     """Settings that all peers share."""
     return kind(output_dir=str(folder), max_steps=steps, per_device_train_batch_size=BATCH, gradient_accumulation_steps=ACCUMULATION,
                 learning_rate=2e-4, warmup_steps=3, lr_scheduler_type="cosine", weight_decay=0.01, max_grad_norm=1.0, optim="adamw_torch",
-                logging_steps=1, save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True, use_cpu=True, seed=42,
-                dataloader_pin_memory=False, **options)
+                logging_steps=1, save_strategy="no", report_to="none", remove_unused_columns=False, disable_tqdm=True, seed=42, dataloader_pin_memory=False,
+                **{"use_cpu": True, **options})
 
 
 def original(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float) -> Trainer:
@@ -100,7 +100,7 @@ def trl(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, dt
                       processing_class=AutoTokenizer.from_pretrained(BASE), peft_config=adapter(dropout))
 
 
-def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *settings: str) -> Trainer:
+def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *settings: str, profile: str = "embedded") -> Trainer:
     """This project's trainer, as `emergency-kit train` sets it up, with the peers' schedule."""
     import numpy as np
 
@@ -108,21 +108,23 @@ def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *s
     from emergency_kit.data.tokenize import TokenRows
     from emergency_kit.model.backend import load_for_training
     from emergency_kit.training import checkpoint, engine
+    from emergency_kit.training.schedule import pass_rows
     from emergency_kit.training.stopping import Stop
     from emergency_kit.training.trainer import KitTrainer, RowDataset
 
-    resolved = load_config("embedded", settings=[
+    resolved = load_config(profile, settings=[
         f"lora.dropout={dropout}", "training.learning_rate=2e-4", "training.warmup_steps=3", f"training.max_steps={steps}",
         f"training.per_device_train_batch_size={BATCH}", f"training.gradient_accumulation_steps={ACCUMULATION}", *settings])
     config = resolved.config
-    loaded = load_for_training(config.model, config.lora, False, 42)
-    fused = engine.install_engine(loaded, config.training, BATCH)
+    loaded = load_for_training(config.model, config.lora, config.training.gradient_checkpointing, 42)
+    rows_a_pass = pass_rows(config.training)
+    fused = engine.install_engine(loaded, config.training, rows_a_pass, config.model.max_seq_length)
     print("; ".join(loaded.notes), file=sys.stderr)
     lengths = [len(row["ids"]) for row in rows]
     flat = TokenRows(np.concatenate([np.array(row["ids"], np.int32) for row in rows]), np.cumsum([0, *lengths]).astype(np.int64),
                      np.array([row["prompt"] for row in rows], np.int32))
     facts = checkpoint.RunFacts(resolved=resolved, dataset_hash="", tokenizer=loaded.tokenizer, rows=len(rows), step_rows=BATCH * ACCUMULATION)
-    args = engine.training_arguments(resolved, folder, config.model, fused is not None, steps, BATCH)
+    args = engine.training_arguments(resolved, folder, config.model, fused is not None, steps, rows_a_pass)
     args.save_strategy = args.eval_strategy = "no"
     return KitTrainer(model=loaded.model, args=args, train_dataset=RowDataset(flat), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused, stop=Stop())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel, prepare_model_for_kbit_training
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
@@ -39,9 +39,7 @@ def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradi
     loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", **options)
     base = loaded.model
     base.config.use_cache = False
-    if model.load_in_4bit:
-        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=gradient_checkpointing)
-    elif gradient_checkpointing:
+    if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
     torch.manual_seed(seed)

@@ -1,7 +1,7 @@
 """What a step is computed with: the engine, its compute type, and the Trainer's arguments that go with them.
 
 In: a loaded model and the config. Out: the model with its loss installed, the `FusedStep` where it can be had, and
-`TrainingArguments`. Limits: `fused` is not for 4-bit or float16; `auto` then takes `modules` and says so.
+`TrainingArguments`. Limits: `fused` is not for float16; `auto` then takes `modules` and says so.
 """
 
 from __future__ import annotations
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from emergency_kit.training.fused.step import FusedStep
 
 
-def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int) -> "FusedStep | None":
-    """Give the model its loss, and the engine of its step; what was chosen, and why, goes into `loaded.notes`. pass_rows: rows of a pass."""
+def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, row_tokens: int) -> "FusedStep | None":
+    """Give the model its loss, and the engine of its step; what was chosen, and why, goes into `loaded.notes`. pass_rows: rows of a pass;
+    row_tokens: of the longest row that may come."""
     from emergency_kit.training import end_to_end, loss, preference
     from emergency_kit.training.fused.step import FusedStep
 
@@ -38,8 +39,8 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int) -
     if training.engine == "modules" or reason:
         loaded.notes.append(f"engine modules ({'by config' if training.engine == 'modules' else f'fused is not for {reason}'})")
     else:
-        fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, training.gradient_checkpointing, training.neftune_noise_alpha)
-        loaded.notes.append(f"engine fused{', shared beginnings computed once' if training.prefix_sharing else ''}")
+        fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, training.gradient_checkpointing, training.neftune_noise_alpha, row_tokens)
+        loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}")
     modules_on_gpu = fused is None and causal_lm.device.type == "cuda"
     if modules_on_gpu and has_liger():
         loaded.notes.append("Liger kernels")

@@ -69,9 +69,9 @@ def adapter_parameters(shape: Shape, lora: LoraSection) -> int:
 
 
 def weight_bytes(shape: Shape, setting: Setting) -> float:
-    """The frozen base. In 4-bit, embedding, head and norms are float32: PEFT's prepare_model_for_kbit_training makes them so."""
+    """The frozen base. In 4-bit, embedding, head and norms stay in the compute type."""
     if setting.four_bit:
-        return shape.linear_parameters * NF4_BYTES + shape.other_parameters * FLOAT
+        return shape.linear_parameters * NF4_BYTES + shape.other_parameters * setting.compute_bytes
     return shape.parameters * setting.compute_bytes
 
 
@@ -97,10 +97,10 @@ def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload,
                       "working memory": work.eval_tokens * 3.0 * shape.intermediate * max(2, setting.compute_bytes),
                       "logits": work.eval_supervised * shape.vocabulary * (setting.compute_bytes + 2.0 * FLOAT)}
         if setting.four_bit or setting.compute_bytes == 2:
-            training["autocast's copies of weights"] = 2.0 * adapter_parameters(shape, lora) + (2.0 * shape.vocabulary * shape.hidden if setting.four_bit else 0)
+            training["autocast's copies of weights"] = 2.0 * adapter_parameters(shape, lora)
         training["AdamW's work on all adapters at once"] = 2.0 * trained if setting.on_gpu else 0.0
     # A file in another type is read beside its copy; `fused` stacks copies of weights that are still the file's pages.
-    twice = shape.file_bytes if setting.fused or shape.file_type_bytes != setting.compute_bytes else 0
+    twice = shape.file_bytes if setting.fused and not setting.four_bit or shape.file_type_bytes != setting.compute_bytes else 0
     phases = {"loading": base | {"the checkpoint's file, mapped": 0.0 if setting.on_gpu else float(twice)},
               "training": base | learned | training, "evaluating": base | learned | evaluating}
     share = GPU_FRAGMENTATION if setting.on_gpu else CPU_FRAGMENTATION
@@ -138,10 +138,13 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
     kept += 0 if setting.recompute else work.eval_tokens * rest  # an evaluation's one layer has names of its own
     most, widest = max(tokens, shared, work.eval_tokens), max(hidden, heads, inner)
     block = min(work.longest, 2 * BLOCK)
+    flash = setting.on_gpu and b == 2
     spent = most * b * (queries + hidden + r["qkv"] + 2 * (inner + r["down"]) + inner + max(heads + r["o"], hidden + r["gate_up"], hidden + r["qkv"])
                         + 2 * inner + hidden + hidden + (hidden if setting.recompute else 0) + max(r.values()))
     spent += most * b * 3 * heads  # dq, dk, dv
-    spent += b * (3 * shape.heads * block * work.longest + 3 * heads * work.longest + 2 * heads * block)
+    spent += b * (4 * heads * most if flash else 3 * shape.heads * block * work.longest + 3 * heads * work.longest + 2 * heads * block)
+    if setting.four_bit:  # spread out, by group, and the largest module's once more
+        spent += b * (sum(_outputs(shape, group) * (_inputs(shape, group) + r[group]) for group in GROUPS) + max(i * o for i, o in shape.linears.values()))
     spent += min(HEAD_ROWS, work.supervised) * shape.vocabulary * (b if b == FLOAT else b + FLOAT) + 4 * work.supervised * hidden * b
     spent += 2 * heads * work.longest * b if shared else 0  # a node's keys and values laid beside its ancestors'
     spent += ((most + 1024) * widest + 2 * most * widest) * b if setting.dropout else 0
@@ -151,10 +154,10 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
 def module_activations(shape: Shape, lora: LoraSection, setting: Setting, work: Workload) -> dict[str, float]:
     """What autograd keeps through transformers' own modules, in bytes, by term.
 
-    residual: bytes of the stream between layers (float32 where 4-bit weights gave float32 norms); mixed: adapters' float32 inputs are cast.
+    residual: bytes of the stream between layers; mixed: adapters' float32 inputs are cast.
     """
     tokens, layer = work.tokens, layer_bytes(shape, lora, setting, work)
-    residual = _residual(setting)
+    residual = setting.compute_bytes
     between = tokens * shape.hidden * residual * (shape.layers + 1.0)
     temporary = 3.0 * tokens * shape.intermediate * residual + (2.0 * shape.heads * tokens * work.longest * FLOAT if setting.eager else 0.0)
     temporary += 2.0 * max(inputs * outputs for inputs, outputs in shape.linears.values()) * 2 if setting.four_bit else 0.0
@@ -167,13 +170,9 @@ def module_activations(shape: Shape, lora: LoraSection, setting: Setting, work: 
     return {"activations": shape.layers * layer + tokens * shape.hidden * residual, "logits": logits, "working memory": temporary}
 
 
-def _residual(setting: Setting) -> int:
-    return FLOAT if setting.four_bit else setting.compute_bytes
-
-
 def layer_bytes(shape: Shape, lora: LoraSection, setting: Setting, work: Workload) -> float:
     """Bytes that autograd keeps of one layer: inputs of norms, of adapters, of the attention, of SwiGLU."""
-    residual, mixed = _residual(setting), setting.compute_bytes != FLOAT or setting.four_bit and setting.on_gpu
+    residual, mixed = setting.compute_bytes, setting.compute_bytes != FLOAT
     norms = shape.hidden * 2 * (residual if residual == FLOAT else residual + FLOAT)
     inputs = 0.0
     for group, names in GROUPS.items():

@@ -155,7 +155,7 @@ def setting_of(resolved: Resolved, shape: Shape, on_gpu: bool) -> Setting:
     device = "cuda" if on_gpu else pick_device(model)
     dtype = "bfloat16" if on_gpu and model.dtype == "auto" else str(pick_dtype(model, device)).removeprefix("torch.")
     plain = training.finetuning_type == "lora" and not (training.label_smoothing_factor or lora.use_dora or lora.modules_to_save)
-    fused = plain and training.engine != "modules" and not model.load_in_4bit and dtype != "float16" and shape.family in FAMILIES and not shape.slides
+    fused = plain and training.engine != "modules" and dtype != "float16" and shape.family in FAMILIES and not shape.slides
     return Setting(compute_bytes=4 if dtype == "float32" else 2, fused=fused, on_gpu=device == "cuda", four_bit=model.load_in_4bit,
                    eager=pick_attention(model, device) == "eager", recompute=training.gradient_checkpointing, dropout=resolved.config.lora.dropout > 0)
 

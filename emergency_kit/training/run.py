@@ -190,7 +190,9 @@ def _train(run: _Run, stop: Stop) -> Path:
     loaded = load_for_training(model, config.lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full",
                                needs="training.method dpo" if training.method == "dpo" else "", first=resumed_first)
     pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
-    fused = engine.install_engine(loaded, training, pass_rows)
+    # `auto` tries the longest rows there are, so that these are what a pass is measured in.
+    row_tokens = int(rows["train"].lengths.max()) if training.per_device_train_batch_size == "auto" and training.method == "sft" else model.max_seq_length
+    fused = engine.install_engine(loaded, training, pass_rows, row_tokens)
     if training.per_device_train_batch_size == "auto" and not state.get("pass_rows"):
         pass_rows = fit.fit_pass(loaded, training, fused, rows["train"], engine.compute_type(model))
     facts = checkpoint.RunFacts(

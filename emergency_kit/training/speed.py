@@ -71,6 +71,6 @@ def _build(resolved: Resolved, tokenizer: Any, layers: int) -> Any:
         named = model.model_copy(update={"name": folder, "revision": None})
         lora = resolved.config.lora.model_copy(update={"init": "default", "adapter": ""})  # where adapters begin costs no time in a step
         loaded = load_for_training(named, lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full")
-        install_engine(loaded, training, pass_rows(training))
+        install_engine(loaded, training, pass_rows(training), model.max_seq_length)
         torch.set_rng_state(drawn)
     return loaded.model

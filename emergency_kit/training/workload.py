@@ -14,7 +14,7 @@ import numpy as np
 
 from emergency_kit.config import Resolved
 from emergency_kit.training import schedule
-from emergency_kit.training.fused.step import CPU_PASS_TOKENS
+from emergency_kit.training.fused.step import pass_limits
 from emergency_kit.training.fused.tree import Plan, Row, plan_step
 from emergency_kit.training.memory import Workload
 
@@ -52,17 +52,21 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     """The load of a run of so many steps over these rows. fused: the engine; batch: rows of a pass, where they are not the config's."""
     training = resolved.config.training
     batch = batch or schedule.pass_rows(training)
-    look = _Look(rows["train"], batch, fused, on_gpu, training.prefix_sharing and not training.neftune_noise_alpha)
+    share = training.prefix_sharing and not training.neftune_noise_alpha and not on_gpu
+    limits = pass_limits(batch, resolved.config.model.max_seq_length, on_gpu)
+    look = _Look(rows["train"], batch, limits if fused else None, share)
     every = list(_steps(rows["train"], schedule.step_rows(training), training.seed, steps))
     lengths = rows["train"].lengths
-    longest = sorted(range(len(every)), key=lambda step: -int(lengths[every[step]].max()))[:LONGEST_STEPS]
+    # Where tokens alone fill a pass, it is all of a step's that count.
+    largest = np.sum if fused and limits[0] is None else np.max
+    longest = sorted(range(len(every)), key=lambda step: -int(largest(lengths[every[step]])))[:LONGEST_STEPS]
     evenly = range(0, len(every), max(1, len(every) // LOOKED_AT))
     seen = {step: look(every[step]) for step in sorted({*longest, *evenly})}
     sampled = [seen[step].computed for step in evenly]
     mean = sum(sampled) / len(sampled)
     typical = min(evenly, key=lambda step: abs(seen[step].computed - mean))
     worst = max(seen, key=lambda step: seen[step].weight)
-    evaluated = _Look(rows["validation"], batch if fused else training.per_device_eval_batch_size, fused, on_gpu, look.share)
+    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits if fused else None, share)
     size = training.per_device_eval_batch_size
     batches = [list(range(start, min(start + size, len(rows["validation"])))) for start in range(0, len(rows["validation"]), size)]
     evals = [evaluated(batch) for batch in batches]
@@ -106,13 +110,13 @@ class _Step:
 class _Look:
     """What a step's passes come to."""
 
-    def __init__(self, rows: "TokenRows", batch: int, fused: bool, on_gpu: bool, share: bool):
-        self.rows, self.batch, self.fused, self.on_gpu, self.share = rows, batch, fused, on_gpu, share
+    def __init__(self, rows: "TokenRows", batch: int, limits: tuple[int | None, int | None] | None, share: bool):
+        self.rows, self.batch, self.limits, self.share = rows, batch, limits, share
 
     def __call__(self, step: list[int]) -> _Step:
         lengths, prompts = self.rows.lengths[step], self.rows.prompts[step]
-        if self.fused:
-            plan = plan_of(self.rows, step, self.batch, self.share, self.on_gpu)
+        if self.limits:
+            plan = plan_of(self.rows, step, self.limits, self.share)
             return _Step(max((part.tokens for part in plan.passes), default=0), int(lengths.max()), max((int((part.targets >= 0).sum()) for part in plan.passes), default=0),
                          plan.shared.tokens, plan.tokens)
         parts = [slice(start, start + self.batch) for start in range(0, len(step), self.batch)]
@@ -120,7 +124,7 @@ class _Look:
         return _Step(max(padded), int(lengths.max()), max(int((lengths[part] - prompts[part]).sum()) for part in parts), 0, sum(padded))
 
 
-def plan_of(rows: "TokenRows", step: list[int], batch: int, share: bool, on_gpu: bool) -> Plan:
-    """The fused engine's plan of a step."""
+def plan_of(rows: "TokenRows", step: list[int], limits: tuple[int | None, int | None], share: bool) -> Plan:
+    """The fused engine's plan of a step. limits: see `pass_limits`."""
     taken = [rows[index] for index in step]
-    return plan_step([Row(np.array(row["input_ids"], np.int64), np.array(row["labels"], np.int64)) for row in taken], batch, share, None if on_gpu else CPU_PASS_TOKENS)
+    return plan_step([Row(np.array(row["input_ids"], np.int64), np.array(row["labels"], np.int64)) for row in taken], limits[0], share, limits[1])

@@ -174,7 +174,7 @@ def test_loraplus_gives_b_its_own_rate(tiny: Path) -> None:
     (("training.label_smoothing_factor=0.1",), "label smoothing"), (("training.method=dpo",), "training.method dpo")])
 def test_the_engine_is_fused_where_it_can_and_one_line_says_where_not(tiny: Path, settings: tuple[str, ...], reason: str | None) -> None:
     loaded = load(tiny, *settings)
-    fused = install_engine(loaded, resolve(tiny, *settings).config.training, 2)
+    fused = install_engine(loaded, resolve(tiny, *settings).config.training, 2, 512)
     assert (fused is None) == (reason is not None)
     assert any(note == f"engine modules (fused is not for {reason})" for note in loaded.notes) == (reason is not None)
 
@@ -185,7 +185,7 @@ def test_fused_and_modules_agree_on_what_fused_takes(tiny: Path, settings: tuple
     for engine in ("fused", "modules"):
         loaded = load(tiny, *settings)
         perturb(loaded.model)
-        install_engine(loaded, resolve(tiny, *settings, f"training.engine={engine}").config.training, 2)
+        install_engine(loaded, resolve(tiny, *settings, f"training.engine={engine}").config.training, 2, 512)
         labels = IDS.clone()
         labels[:, :10] = -100
         loss = loaded.model.train()(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=labels)["loss"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.training import loss
@@ -101,6 +102,25 @@ def test_every_family_equals_the_reference(family: str) -> None:
     assert_equal(tuple(found), expected)
     # The beginning of all and the group's own are computed once.
     assert step.last_plan.tokens == sum(len(row.ids) for row in ROWS) - 4 * 60 - 50
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"share": False, "pass_rows": 1}], ids=["kept", "recomputed", "row by row"])
+def test_weights_in_4_bit_equal_the_reference(tmp_path: Path, options: dict[str, Any]) -> None:
+    """bitsandbytes' own modules are the reference; what they hold stays as it was."""
+    FAMILIES["mistral"]().save_pretrained(tmp_path)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32)
+    model = adapt(MistralForCausalLM.from_pretrained(tmp_path, dtype=torch.float32, quantization_config=nf4, attn_implementation="eager"))
+    packed = {name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.dtype == torch.uint8}
+    assert len(packed) == 3 * 7 and unsupported(model) is None
+    expected = naive(model, ROWS)
+    for _ in range(2):  # the second step must not read what the first spread out with other adapters
+        assert_equal(by_hand(model, ROWS, **options)[:2], expected)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.mul_(0.5)
+        expected = naive(model, ROWS)
+    assert all(torch.equal(parameter, packed[name]) for name, parameter in model.named_parameters() if name in packed)
 
 
 @pytest.mark.parametrize("options", [{"share": False}, {"recompute": True}, {"recompute": True, "share": False}, {"pass_rows": 1}, {"pass_rows": 8}],

@@ -4,6 +4,7 @@ A node's queries see its ancestors' keys in the shared pass, then its own up to 
 the diagonal of a block of queries, and no token of another row is ever multiplied. Heads that share keys get a
 copy each: as many products as query heads keep all cores busy where as many as key heads do not.
 Probabilities grow with the square of a row's length, so they are made again on the way back instead of being kept.
+On a GPU that has it, torch's flash attention takes all rows of a pass in one launch; nothing is shared between rows then.
 """
 
 from __future__ import annotations
@@ -90,6 +91,37 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
                 dkeys[:, :block.keys] += torch.bmm(ds.transpose(1, 2), queries, out=scratch("partial", heads, block.keys, width))
         _give_back(node, dkeys, dk, above.dk if above else dk, add)
         _give_back(node, dvalues, dv, above.dv if above else dv, add)
+
+
+def can_flash(like: Tensor, width: int, above: Keys | None = None) -> bool:
+    """Whether flash attention takes tensors of this type and place (compute capability 8.0 and heads of up to 256)."""
+    return above is None and like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0 \
+        and torch.cuda.get_device_capability(like.device) >= (8, 0)
+
+
+def forward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
+    """Attention of every row into out, (heads, tokens, width); q carries the scores' scale. Returns what the way back needs."""
+    edges, longest = _edges(part, q.device)
+    found, *more, _ = torch.ops.aten._flash_attention_forward(*(x.transpose(0, 1) for x in (q, k, v)), edges, edges, longest, longest, 0.0, True, False, scale=1.0)
+    out.copy_(found.transpose(0, 1))
+    return tuple(more)
+
+
+def backward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: tuple[Tensor, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
+    """Gradients into dq, dk, dv. kept: of `forward_flash`; out, dout: (heads, tokens, width)."""
+    edges, longest = _edges(part, q.device)
+    logsumexp, state, unused = kept
+    found = torch.ops.aten._flash_attention_backward(*(x.transpose(0, 1) for x in (dout, q, k, v, out)), logsumexp, edges, edges, longest, longest, 0.0, True,
+                                                     state, unused, scale=1.0)
+    for into, gradient in zip((dq, dk, dv), found):
+        into.copy_(gradient.transpose(0, 1))
+
+
+def _edges(part: Pass, device: torch.device) -> tuple[Tensor, int]:
+    """Where rows begin and end, int32 (rows + 1,), and the longest; kept with the pass, since every layer asks."""
+    if part.edges is None:
+        part.edges = torch.tensor([0, *(node.end for node in part.nodes)], dtype=torch.int32, device=device)
+    return part.edges, max(node.length for node in part.nodes)
 
 
 def _probabilities(queries: Tensor, keys: Tensor, scratch: Any) -> Tensor:

@@ -25,11 +25,12 @@ Blocks = list[list[attention.Block]]
 
 
 class Buffers:
-    """Named flat memory that grows to the largest use and is used again."""
+    """Named flat memory that grows to the largest use and is used again. content: of some names, whose values they hold."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.memory: dict[str, Tensor] = {}
+        self.content: dict[str, Any] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the shape, its content undefined."""
@@ -54,6 +55,7 @@ class Saved:
     k: Tensor | None = None
     v: Tensor | None = None
     attended: Tensor | None = None
+    flash: tuple[Tensor, ...] = ()
     middle: Tensor | None = None
     gate_up: Tensor | None = None
 
@@ -73,10 +75,10 @@ class Layer:
 
     def __init__(self, module: Any, config: Any, head_width: int):
         attention_module, mlp = module.self_attn, module.mlp
-        self.qkv = Linears([attention_module.q_proj, attention_module.k_proj, attention_module.v_proj])
-        self.o = Linears([attention_module.o_proj])
-        self.gate_up = Linears([mlp.gate_proj, mlp.up_proj])
-        self.down = Linears([mlp.down_proj])
+        self.qkv = Linears("qkv", [attention_module.q_proj, attention_module.k_proj, attention_module.v_proj])
+        self.o = Linears("o", [attention_module.o_proj])
+        self.gate_up = Linears("gate_up", [mlp.gate_proj, mlp.up_proj])
+        self.down = Linears("down", [mlp.down_proj])
         self.norm1, self.norm2 = module.input_layernorm, module.post_attention_layernorm
         self.key_heads, self.width = config.num_key_value_heads, head_width
         self.group = config.num_attention_heads // config.num_key_value_heads
@@ -112,7 +114,10 @@ class Layer:
         self.keys(x, saved, rotation, scratch, kept, slot)
         saved.attended = kept(slot + "attended", tokens, self.o.inputs + self.o.ranks)
         attended = self._by_head(saved.attended[:, :self.o.inputs])
-        attention.forward(part, plan, saved.q, saved.k, saved.v, above, attended, scratch)
+        if attention.can_flash(x, self.width, above):
+            saved.flash = attention.forward_flash(part, saved.q, saved.k, saved.v, attended)
+        else:
+            attention.forward(part, plan, saved.q, saved.k, saved.v, above, attended, scratch)
         saved.middle = kept(slot + "middle", tokens, self.o.outputs)
         self.o.forward(saved.attended, saved.read["o"], saved.middle, scratch, residual=x)
         h = self._normed(saved.middle, self.norm2, "r2", saved, self.gate_up, scratch, kept, slot)
@@ -137,7 +142,10 @@ class Layer:
         da = self.o.backward(dx, saved.attended, saved.read["o"], dattended, scratch)
         dq = scratch("dq", *saved.q.shape)
         dk, dv = (own.dk, own.dv) if own else (scratch("dk", *saved.k.shape), scratch("dv", *saved.v.shape))
-        attention.backward(part, plan, saved.q, saved.k, saved.v, above, self._by_head(da), dq, dk, dv, own is not None, scratch)
+        if saved.flash:
+            attention.backward_flash(part, saved.q, saved.k, saved.v, self._by_head(saved.attended[:, :self.o.inputs]), saved.flash, self._by_head(da), dq, dk, dv)
+        else:
+            attention.backward(part, plan, saved.q, saved.k, saved.v, above, self._by_head(da), dq, dk, dv, own is not None, scratch)
         self.backward_keys(saved, dq, dk, dv, rotation, scratch, dx, need_input)
 
     def backward_keys(self, saved: Saved, dq: Tensor | None, dk: Tensor, dv: Tensor, rotation: Rotation, scratch: Buffers,

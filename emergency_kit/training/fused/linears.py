@@ -2,7 +2,8 @@
 
 With h the input, W the stacked frozen weights, A the stacked and B the block-diagonal adapters and s their scale:
 y = [h, z] [W, sB]^T with z = dropout(h) A^T, and backward [dh, dz] = dy [W, sB]. So the thin products y += zB and
-dz = dyB ride on the thick ones. The stacked weight takes the place of the modules' own, which become views of it.
+dz = dyB ride on the thick ones. The stacked weight takes the place of the modules' own, which become views of it;
+weights in 4-bit stay as they are and are spread out into a scratch tensor for every product, once for a layer's way back.
 Dropout is drawn once for an input, where PEFT draws it once for every module that reads it: the same expectation.
 Its masks are rows of one table drawn for the step, from a random row on for each input: independent from token to
 token, and one pass over the input to apply.
@@ -29,10 +30,12 @@ class Adapter:
 
 
 class Linears:
-    """weight: (outputs, inputs + ranks); stacked_a: (ranks, inputs); gradients of both adapters' stacks in float32."""
+    """weight: (outputs, inputs + ranks), of 4-bit modules the last columns alone; stacked_a: (ranks, inputs); gradients of both adapters'
+    stacks in float32. name: of the group, for the scratch tensor of 4-bit weights."""
 
-    def __init__(self, modules: list[torch.nn.Module]):
+    def __init__(self, name: str, modules: list[torch.nn.Module]):
         bases = [_base(module) for module in modules]
+        self.name = name
         self.inputs = bases[0].in_features
         self.outputs = sum(base.out_features for base in bases)
         self.adapters: list[Adapter] = []
@@ -48,11 +51,15 @@ class Linears:
             row += base.out_features
         self.ranks = rank
         first = bases[0].weight
-        self.weight = torch.empty(self.outputs, self.inputs + rank, dtype=first.dtype, device=first.device)
-        self.weight[:, self.inputs:] = 0
-        self.stacked_a = torch.zeros(rank, self.inputs, dtype=first.dtype, device=first.device)
-        self.bias = torch.cat([base.bias if base.bias is not None else first.new_zeros(base.out_features) for base in bases]).detach() \
+        self.quantised = [base.weight for base in bases] if hasattr(first, "quant_state") else []
+        dtype = first.quant_state.dtype if self.quantised else first.dtype
+        self.first_rank = 0 if self.quantised else self.inputs
+        self.weight = torch.zeros(self.outputs, self.first_rank + rank, dtype=dtype, device=first.device)
+        self.stacked_a = torch.zeros(rank, self.inputs, dtype=dtype, device=first.device)
+        self.bias = torch.cat([base.bias if base.bias is not None else self.weight.new_zeros(base.out_features) for base in bases]).detach().to(dtype) \
             if any(base.bias is not None for base in bases) else None
+        if self.quantised:
+            return
         row = 0
         for base in bases:
             view = self.weight[row:row + base.out_features, :self.inputs]
@@ -64,9 +71,27 @@ class Linears:
         """Read the adapters' current values. training: whether inputs will be dropped."""
         self.keep = 1.0 - self.dropout if training else 1.0
         for adapter in self.adapters:
-            columns = slice(self.inputs + adapter.columns.start, self.inputs + adapter.columns.stop)
+            columns = slice(self.first_rank + adapter.columns.start, self.first_rank + adapter.columns.stop)
             self.weight[adapter.rows, columns] = (adapter.b.detach() * adapter.scale).to(self.weight.dtype)
             self.stacked_a[adapter.columns] = (adapter.a.detach() / self.keep).to(self.weight.dtype)
+
+    def whole(self, scratch: Any) -> Tensor:
+        """The stacked weight, (outputs, inputs + ranks). scratch: remembers whose 4-bit weights it holds spread out."""
+        if not self.quantised:
+            return self.weight
+        name = f"weight {self.name}"
+        weight = scratch(name, self.outputs, self.inputs + self.ranks)
+        if scratch.content.get(name) is not self:
+            from bitsandbytes.functional import dequantize_4bit
+
+            row = 0
+            for packed in self.quantised:
+                rows = packed.quant_state.shape[0]
+                weight[row:row + rows, :self.inputs] = dequantize_4bit(packed.data, packed.quant_state)
+                row += rows
+            weight[:, self.inputs:] = self.weight
+            scratch.content[name] = self
+        return weight
 
     def clear_gradients(self) -> None:
         """Begin the adapters' gradients at zero, before a step goes back."""
@@ -82,10 +107,11 @@ class Linears:
         if self.ranks:
             z = torch.mm(self._read(h, kept, scratch), self.stacked_a.t(), out=scratch("z", len(h), self.ranks))
             h[:, self.inputs:] = z
+        weight = self.whole(scratch).t()
         if residual is None:
-            torch.mm(h, self.weight.t(), out=out)
+            torch.mm(h, weight, out=out)
         else:
-            torch.addmm(residual, h, self.weight.t(), out=out)
+            torch.addmm(residual, h, weight, out=out)
         if self.bias is not None:
             out += self.bias
 
@@ -94,7 +120,7 @@ class Linears:
 
         h: (tokens, inputs + ranks) as `forward` left it.
         """
-        torch.mm(dy, self.weight, out=out)
+        torch.mm(dy, self.whole(scratch), out=out)
         dh = out[:, :self.inputs]
         if self.ranks:
             dz = scratch("z", len(h), self.ranks).copy_(out[:, self.inputs:])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training.fused.attention import Keys, plan_blocks
+from emergency_kit.training.fused.attention import Keys, can_flash, plan_blocks
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved, add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.linears import Masks
 from emergency_kit.training.fused.tree import Pass, Plan, Row, plan_step
@@ -26,22 +26,32 @@ HEAD_ROWS = 256
 CPU_PASS_TOKENS = 640
 
 
-class FusedStep:
-    """The layers of one model, taken over from its modules (their weights become views of ours).
+def pass_limits(pass_rows: int, row_tokens: int, on_gpu: bool) -> tuple[int | None, int | None]:
+    """`(most rows, most tokens)` of a pass. On a CPU fewer rows where they are long; on a GPU as many as fill the place of `pass_rows` rows
+    of `row_tokens` tokens, which is what must fit anyhow: launches, and 4-bit weights spread out, cost by the pass."""
+    return (None, pass_rows * row_tokens) if on_gpu and row_tokens else (pass_rows, None if on_gpu else CPU_PASS_TOKENS)
 
-    pass_rows: most rows that go through the model together, on a CPU fewer where they are long. share: compute once what rows begin with in common.
+
+class FusedStep:
+    """The layers of one model, taken over from its modules (their weights become views of ours, but 4-bit ones).
+
+    pass_rows, row_tokens: what goes through the model together, see `pass_limits`. share: compute once what rows begin with in common; not
+    where flash attention takes rows by themselves.
     recompute: keep the layers' inputs alone and make the rest again on the way back (gradient checkpointing).
     neftune_alpha: noise on the embeddings in training (Jain et al. 2023), scaled by a row's length, so nothing is shared then.
     """
 
-    def __init__(self, causal_lm: Any, pass_rows: int, share: bool = True, recompute: bool = False, neftune_alpha: float = 0.0):
+    def __init__(self, causal_lm: Any, pass_rows: int, share: bool = True, recompute: bool = False, neftune_alpha: float = 0.0, row_tokens: int = 0):
         config, body = causal_lm.config, causal_lm.model
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.causal_lm, self.body, self.head, self.config = causal_lm, body, causal_lm.get_output_embeddings(), config
         self.layers = [Layer(module, config, width) for module in body.layers]
-        _unmap(causal_lm)
+        if causal_lm.device.type == "cpu":
+            _unmap(causal_lm)
         self.dtype, self.device, self.scale = self.head.weight.dtype, self.head.weight.device, width ** -0.5
-        self.pass_rows, self.share, self.recompute, self.neftune_alpha = pass_rows, share, recompute, neftune_alpha
+        self.flash = can_flash(self.head.weight, width)
+        self.pass_rows, self.row_tokens, self.share = pass_rows, row_tokens, share and not self.flash
+        self.recompute, self.neftune_alpha = recompute, neftune_alpha
         self.scratch, self.kept, self.shared_kept = (Buffers(self.dtype, self.device) for _ in range(3))
         self.linears = [one for layer in self.layers for one in layer.linears]
         self.parameters = [parameter for one in self.linears for adapter in one.adapters for parameter in (adapter.a, adapter.b)]
@@ -72,7 +82,9 @@ class FusedStep:
         noisy = training and self.neftune_alpha > 0
         if divisor is None:
             divisor = max(1, sum(int((row.labels[1:] != IGNORE).sum()) for row in rows))
-        plan = self.last_plan = plan_step(rows, self.pass_rows, self.share and not noisy, CPU_PASS_TOKENS if self.device.type == "cpu" else None)
+        most_rows, most_tokens = pass_limits(self.pass_rows, self.row_tokens, self.device.type == "cuda")
+        plan = self.last_plan = plan_step(rows, most_rows, self.share and not noisy, most_tokens)
+        self.scratch.content.clear()  # the adapters in it are of the step before
         if self.largest_pass_only:
             plan.passes = [max(plan.passes, key=lambda part: part.tokens)]
         masks = self._masks(plan) if training else None
@@ -190,7 +202,7 @@ def _unmap(causal_lm: Any) -> None:
     """Copy what is left in the checkpoint's mapped file, whose pages would stay in memory beside our copies of its weights."""
     copies: dict[int, Tensor] = {}
     for parameter in causal_lm.parameters():
-        if not parameter.requires_grad and parameter.is_contiguous():
+        if not parameter.requires_grad and parameter.is_contiguous() and not hasattr(parameter, "quant_state"):
             place = parameter.data_ptr()
             if place not in copies:  # tied weights stay one
                 copies[place] = parameter.data.clone()
@@ -245,7 +257,10 @@ def unsupported(peft_model: Any) -> str | None:
         if isinstance(module, BaseTunerLayer):
             if any(module.use_dora.values()):
                 return "DoRA"
-            if type(module) is not LoraLinear or len(module.active_adapters) != 1 or module.merged \
-                    or any(module.lora_bias.values()) or type(module.base_layer) is not torch.nn.Linear:
+            plain = type(module) is LoraLinear and type(module.base_layer) is torch.nn.Linear
+            in_4bit = type(module).__name__ == "Linear4bit" and getattr(module.base_layer.weight, "quant_state", None) is not None
+            if in_4bit and module.base_layer.weight.quant_state.dtype != causal_lm.get_output_embeddings().weight.dtype:
+                return "4-bit weights that were made from another type than the head's"
+            if not (plain or in_4bit) or len(module.active_adapters) != 1 or module.merged or any(module.lora_bias.values()):
                 return f"adapters of another kind ({type(module).__name__})"
     return None

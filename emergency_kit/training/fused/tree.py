@@ -8,7 +8,7 @@ node never holds a position whose next token is a label, so that every loss belo
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Sequence
+from typing import Any, Sequence
 
 import numpy as np
 
@@ -50,11 +50,12 @@ class Node:
 @dataclass
 class Pass:
     """Tokens that go through the model together. ids, positions, targets: int64 (tokens,); a target is the label of the
-    position that follows, IGNORE where there is none."""
+    position that follows, IGNORE where there is none. edges: see attention.py."""
 
     nodes: list[Node] = field(default_factory=list)
     ids: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     targets: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    edges: Any = None
 
     @property
     def tokens(self) -> int:
@@ -87,10 +88,10 @@ class Plan:
         return self.shared.tokens + sum(part.tokens for part in self.passes)
 
 
-def plan_step(rows: Sequence[Row], pass_rows: int, share: bool = True, pass_tokens: int | None = None) -> Plan:
+def plan_step(rows: Sequence[Row], pass_rows: int | None, share: bool = True, pass_tokens: int | None = None) -> Plan:
     """Passes of at most `pass_rows` rows in the order given; rows without a label cost nothing and are left out.
 
-    pass_tokens: most tokens of a pass of more than one row.
+    pass_rows: None where tokens alone count. pass_tokens: most tokens of a pass of more than one row.
     """
     rows = [row for row in rows if row.first_predicting < len(row.ids)]
     shared = Pass()
@@ -101,7 +102,7 @@ def plan_step(rows: Sequence[Row], pass_rows: int, share: bool = True, pass_toke
     passes: list[Pass] = []
     for index, row in enumerate(rows):
         first, ancestors = begun.get(index, (0, []))
-        full = not passes or len(passes[-1].nodes) >= pass_rows
+        full = not passes or pass_rows and len(passes[-1].nodes) >= pass_rows
         if full or pass_tokens and passes[-1].tokens + len(row.ids) - first > pass_tokens:
             passes.append(Pass())
         passes[-1].add(row.ids[first:], row.labels[first:], first, ancestors)

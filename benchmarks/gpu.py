@@ -1,0 +1,358 @@
+"""What the guide's configuration costs on one GPU: Mistral-7B in 4-bit beside its peers, the plan beside what came, kill and resume, merge, export.
+
+In: a CUDA GPU; the bundled base model's folder. Out: one table last (and everything in --json FILE); a part that fails says why, and leaves
+its cells empty. Mistral-7B's weights are random, of its exact shape, since none are downloaded: memory and speed are those of the real
+ones, losses mean something only beside each other. `--tiny` runs all of it on a CPU with a model of two layers, to try this script.
+Run: make bench-gpu (nine minutes on an H200; trl and unsloth are measured where they are installed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+STEP_ROWS = 8
+SETS = {"350": 350, "512": 512, "2048": 2048}
+TINY_SETS = {"350": 35, "512": 51, "2048": 204}
+MISTRAL = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+           "head_dim": 128, "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None, "rms_norm_eps": 1e-5}
+TINY = MISTRAL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+CLI = [sys.executable, "-m", "emergency_kit.cli"]
+
+
+class Bench:
+    """Folder, options and findings of one run."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.tiny, self.folder, self.found, self.failed = options.tiny, options.folder, {}, {}
+        self.deadline = time.monotonic() + 60 * options.minutes
+        self.base, self.tokenizer = self.folder / "base", options.tokenizer
+        self.profile = ["model.device=cpu", "model.load_in_4bit=false", "model.dtype=float32"] if self.tiny else ["model.backend=hf"]
+        self.options = options
+
+    def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Run a part; whatever goes wrong in it is said and the next one begins."""
+        if name not in self.options.parts or time.monotonic() > self.deadline:
+            self.failed[name] = "not asked for" if name not in self.options.parts else "no time was left"
+            return
+        started = time.monotonic()
+        try:
+            self.found[name] = work()
+        except (subprocess.SubprocessError, RuntimeError, OSError, ValueError, KeyError, ImportError) as error:
+            self.failed[name] = f"{type(error).__name__}: {str(error)[-1500:]}"
+        print(f"[{name}: {time.monotonic() - started:.0f} s] {json.dumps(self.found.get(name, self.failed.get(name)))[:1500]}", flush=True)
+
+    def cli(self, log: str, stage: str, *settings: str, flags: tuple[str, ...] = (), **environment: str) -> str:
+        """One command of the kit; its output, which is kept as a log, too. Raises RuntimeError with the last lines."""
+        given = [part for setting in settings for part in ("--set", setting)]
+        done = subprocess.run([*CLI, stage, *flags, *given], capture_output=True, text=True, env={**os.environ, **environment})
+        (self.folder / f"{log}.log").write_text(done.stdout + done.stderr)
+        if done.returncode:
+            raise RuntimeError(f"{stage} ended with {done.returncode}: {(done.stdout + done.stderr)[-1200:]}")
+        return done.stdout
+
+
+def measure_limits(bench: Bench) -> dict[str, Any]:
+    """The card's bf16 matrix products and copies, on random data."""
+    import torch
+
+    if bench.tiny:
+        return {"device": "CPU", "tflops": 0.0, "copy_tb": 0.0}
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    block = torch.randn(2**30, device="cuda")
+
+    def taken(work: Callable[[], Any], repeats: int = 20) -> float:
+        times = []
+        for _ in range(repeats):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 1e3)
+        return statistics.median(times[3:])
+
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tflops": 2 * 8192**3 / taken(lambda: a @ b) / 1e12,
+            "copy_tb": 2 * block.numel() * 4 / taken(block.clone) / 1e12}
+
+
+def build_base(bench: Bench) -> dict[str, Any]:
+    """The model's folder in bfloat16, with the bundled tokenizer cut to its first 32,000 tokens; rows of its text."""
+    import torch
+    from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+
+    cut_tokenizer(bench.tokenizer, bench.base, MISTRAL["vocab_size"])
+    tokenizer = AutoTokenizer.from_pretrained(bench.base)
+    torch.manual_seed(0)
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    with torch.device("cpu" if bench.tiny else "cuda"):
+        model = MistralForCausalLM._from_config(MistralConfig(**(TINY if bench.tiny else MISTRAL), **ids), dtype=torch.bfloat16)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    model.save_pretrained(bench.base, max_shard_size="4GB")
+    del model
+    return {"parameters": count, "bytes": sum(file.stat().st_size for file in bench.base.glob("*.safetensors"))}
+
+
+def cut_tokenizer(source: Path, out: Path, size: int) -> None:
+    """A byte-level BPE tokenizer with its first `size` tokens: merges make tokens in order, so that it stays one."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {token: number for token, number in content["model"]["vocab"].items() if number < size}
+    there = content["model"]["vocab"]
+    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "".join(merge if isinstance(merge, list) else merge.split(" ")) in there]
+    (out / "tokenizer.json").write_text(json.dumps(content))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(source / name, out / name)
+
+
+def build_rows(bench: Bench, steps: int) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the embedded dataset's text, by set, 60 % of each the answer."""
+    from transformers import AutoTokenizer
+
+    from emergency_kit.data.build import build_records
+
+    text = "\n\n".join(f"{record.input}\n{record.output}" for record in build_records(7, 3600)["train"])
+    stream, at = AutoTokenizer.from_pretrained(bench.base)(text)["input_ids"], 0
+    sets: dict[str, list[dict[str, Any]]] = {}
+    for name, length in (TINY_SETS if bench.tiny else SETS).items():
+        sets[name] = []
+        for index in range(steps * STEP_ROWS):
+            long = length + (index * 37 % 101 - 50) * length // 350 if name == "350" else length  # those of a data set differ
+            sets[name].append({"ids": stream[at:at + long], "prompt": long * 2 // 5})
+            at += long
+    if at > len(stream):
+        raise ValueError(f"{at} tokens are wanted, {len(stream)} are there")
+    return sets
+
+
+class Contender:
+    """A process of gpu_peers.py that takes a step when told; `error` says why it cannot."""
+
+    def __init__(self, name: str, bench: Bench, file: Path, steps: int, dropout: float):
+        self.name, self.error, self.loaded, self.records = name, "", {}, {}
+        self.log = bench.folder / f"{name}.log"
+        self.process = subprocess.Popen([sys.executable, "-m", "benchmarks.gpu_peers", name, str(bench.base), str(file), str(bench.folder / name), str(steps), str(dropout)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True)
+
+    def read(self, key: str) -> dict[str, Any]:
+        """The next JSON line that has `key`; empty, with `error` set, where the process ends before."""
+        for line in self.process.stdout:
+            if line.startswith("{") and key in (record := json.loads(line)):
+                return record
+        self.error = (self.log.read_text().strip() or "ended").splitlines()[-1][:300]
+        return {}
+
+    def step(self, word: str, name: str) -> None:
+        """One optimizer step of a set."""
+        if not self.error:
+            self.process.stdin.write(f"{word}\n")
+            self.process.stdin.flush()
+            self.records.setdefault(name, []).append(self.read("seconds"))
+
+    def close(self) -> None:
+        """End it."""
+        self.process.stdin.close()
+        with_time = time.monotonic() + 30
+        while self.process.poll() is None and time.monotonic() < with_time:
+            time.sleep(0.1)
+        self.process.kill()
+
+
+def measure_speed(bench: Bench) -> dict[str, Any]:
+    """Every contender's steps in turns, a set of lengths after another; the first of each set warms up."""
+    steps = bench.options.rounds + 1
+    sets = build_rows(bench, steps)
+    file = bench.folder / "rows.json"
+    file.write_text(json.dumps([row for rows in sets.values() for row in rows]))
+    names = [name for name in bench.options.contenders.split(",") if importlib.util.find_spec(name) or name not in ("trl", "unsloth")]
+    contenders = [Contender(name, bench, file, steps * len(sets), bench.options.dropout) for name in names]
+    for one in contenders:
+        one.loaded = one.read("ready")
+    for name in sets:
+        for index in range(steps):
+            for one in contenders if index % 2 == 0 else reversed(contenders):
+                one.step("reset" if index == 0 else "", name)
+    for one in contenders:
+        one.close()
+    weights = parameters(bench)
+    found: dict[str, Any] = {"rows": {name: statistics.mean(len(row["ids"]) for row in rows) for name, rows in sets.items()}, "contenders": {}}
+    for one in contenders:
+        found["contenders"][one.name] = mine = {"error": one.error, **one.loaded, "sets": {}}
+        for name, rows in sets.items():
+            records = one.records.get(name, [])
+            if len(records) == steps and all(records):
+                mine["sets"][name] = score(records, rows, weights)
+    return found
+
+
+def score(records: list[dict[str, Any]], rows: list[dict[str, Any]], weights: dict[str, int]) -> dict[str, Any]:
+    """Speed, memory and losses of one contender on one set; medians over the steps after the first."""
+    tokens, flops = [], []
+    for start in range(0, len(rows), STEP_ROWS):
+        step = rows[start:start + STEP_ROWS]
+        tokens.append(sum(len(row["ids"]) for row in step))
+        # Forward, and back through frozen weights: 2 + 2 FLOP a weight; logits only where there is a label.
+        flops.append(4 * (weights["layers"] * tokens[-1] + weights["head"] * sum(len(row["ids"]) - row["prompt"] for row in step)))
+    seconds = [record["seconds"] for record in records]
+    speed = [count / taken for count, taken in zip(tokens, seconds)][1:]
+    return {"tokens_per_second": statistics.median(speed), "range": [min(speed), max(speed)], "samples_per_second": STEP_ROWS / statistics.median(seconds[1:]),
+            "tflops": statistics.median(work / taken for work, taken in zip(flops, seconds)) / 1e12, "peak_bytes": max(record["peak_bytes"] for record in records),
+            "seconds": seconds, "losses": [record["loss"] for record in records]}
+
+
+def parameters(bench: Bench) -> dict[str, int]:
+    """Weights of the layers, and of the head."""
+    shape = TINY if bench.tiny else MISTRAL
+    hidden, kv = shape["hidden_size"], shape["num_key_value_heads"] * shape["head_dim"]
+    layer = 2 * hidden * shape["num_attention_heads"] * shape["head_dim"] + 2 * hidden * kv + 3 * hidden * shape["intermediate_size"]
+    return {"layers": layer * shape["num_hidden_layers"], "head": hidden * shape["vocab_size"]}
+
+
+def settings(bench: Bench, out: str, *more: str) -> list[str]:
+    """The guide's profile on the model made here and the embedded data, a few steps long."""
+    return [f"model.name={bench.base}", *bench.profile, "dataset.name=embedded", "dataset.grounding=none", "dataset.max_samples=64", "dataset.max_eval_samples=4",
+            "dataset.columns={}", "training.num_epochs=1", "training.warmup_steps=2", "training.logging_steps=1", "training.save_steps=2", "training.eval_steps=4",
+            f"training.output_dir={bench.folder / out}", *more]
+
+
+def foresee(bench: Bench) -> dict[str, Any]:
+    """What `plan` says beforehand and what the run then takes: memory and time."""
+    said = subprocess.run([sys.executable, "-m", "benchmarks.plan_accuracy", "--profile", "mistral-7b", "--predict", *settings(bench, "whole")], check=True,
+                          capture_output=True, text=True).stdout
+    (bench.folder / "plan.log").write_text(said)
+    bench.cli("whole", "train", *settings(bench, "whole"), flags=("--profile", "mistral-7b", "--overwrite"))
+    state = json.loads((bench.folder / "whole/checkpoints/final/training_state.json").read_text())
+    return {"plan": json.loads(said.strip().splitlines()[-1]), "bytes": state["summary"]["peak_memory_bytes"], "seconds": state["wall_seconds"],
+            "losses": read_losses(bench.folder / "whole")}
+
+
+def read_losses(out: Path) -> dict[int, float]:
+    """Step to logged training loss."""
+    import re
+
+    text = (out / "logs" / "training.log").read_text()
+    return {int(step): float(loss) for step, loss in re.findall(r"Step (\d+)/\d+, Loss: ([\d.]+)", text)}
+
+
+def kill_and_resume(bench: Bench) -> dict[str, Any]:
+    """The same run, killed after its second checkpoint and started again."""
+    import torch
+    from safetensors.torch import load_file
+
+    given = [part for setting in settings(bench, "killed") for part in ("--set", setting)]
+    command = [*CLI, "train", "--profile", "mistral-7b", *given]
+    with (bench.folder / "killed.log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+    while process.poll() is None and not (bench.folder / "killed/checkpoints/checkpoint-4").is_dir():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    if process.wait() != -signal.SIGKILL:
+        raise RuntimeError(f"it ended before it was killed: {(bench.folder / 'killed.log').read_text()[-800:]}")
+    bench.cli("resumed", "train", *settings(bench, "killed"), flags=("--profile", "mistral-7b"))
+    whole, killed = (load_file(bench.folder / name / "checkpoints/final/adapter_model.safetensors") for name in ("whole", "killed"))
+    first, again = read_losses(bench.folder / "whole"), read_losses(bench.folder / "killed")
+    return {"largest_loss_difference": max(abs(again[step] - loss) / loss for step, loss in first.items()), "same_bits": all(torch.equal(whole[key], killed[key]) for key in whole),
+            "largest_weight_difference": max(float((whole[key] - killed[key]).abs().max()) for key in whole), "largest_weight": max(float(value.abs().max()) for value in whole.values())}
+
+
+def run_embedded(bench: Bench) -> dict[str, Any]:
+    """The embedded profile on the GPU and, beside it, on this machine's CPU; then evaluation, merge and export."""
+    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8"] if bench.tiny else ["evaluation.max_samples=48"]
+    device = "cpu" if bench.tiny else "cuda"
+    flags = ("--profile", "embedded")
+
+    def where(name: str, kind: str) -> list[str]:
+        return [f"model.device={kind}", f"training.output_dir={bench.folder / name}", *sizes]
+
+    beside = subprocess.Popen([*CLI, "train", *flags, *(part for setting in where("embedded-cpu", "cpu") for part in ("--set", setting))],
+                              stdout=subprocess.DEVNULL, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
+    taken = {}
+    for stage, more in (("train", ()), ("evaluate", ()), ("merge", ()), ("export-gguf", ("-q", "q8_0", *(("--allow-out-of-bounds",) if bench.tiny else ())))):
+        started = time.monotonic()
+        bench.cli(f"embedded-{stage}", stage, *where("embedded-gpu", device), flags=(*flags, *more))
+        taken[stage] = time.monotonic() - started
+    if beside.wait():
+        raise RuntimeError("the run on the CPU failed")
+    gpu, cpu = read_losses(bench.folder / "embedded-gpu"), read_losses(bench.folder / "embedded-cpu")
+    return {"seconds": taken, "largest_loss_difference": max(abs(gpu[step] - loss) / loss for step, loss in cpu.items()), "last_losses": [list(gpu.values())[-1], list(cpu.values())[-1]]}
+
+
+def merge_and_export(bench: Bench) -> dict[str, Any]:
+    """The adapter of the plan's run into the full-precision base; logits compared; then a GGUF file."""
+    taken = {}
+    for stage, more in (("merge", ()), ("export-gguf", ("-q", "q8_0", "--allow-out-of-bounds"))):
+        started = time.monotonic()
+        bench.cli(stage, stage, *settings(bench, "whole"), flags=("--profile", "mistral-7b", *more))
+        taken[stage] = time.monotonic() - started
+    manifest = json.loads((bench.folder / "whole/merged/final/manifest.json").read_text())
+    return {"seconds": taken, "largest_logit_difference": manifest["merge"]["max_abs_logit_difference"],
+            "gguf_bytes": sum(file.stat().st_size for file in (bench.folder / "whole/gguf").glob("*.gguf"))}
+
+
+def print_table(bench: Bench) -> None:
+    """Everything found, as one Markdown table; a cell that has no figure is empty."""
+    found, limits = bench.found, bench.found.get("limits", {})
+    peak = limits.get("tflops") or None
+    print(f"\n{limits.get('device', '')}, torch {limits.get('torch', '')}: bf16 products {limits.get('tflops', 0):.0f} TFLOP/s, copies {limits.get('copy_tb', 0):.2f} TB/s")
+    print("| Mistral-7B's shape, random weights | base loaded, GB | load, s | set | tokens/s (range) | samples/s | useful share of the peak | peak memory, GB | loss, first to last |\n" + "|---" * 9 + "|")
+    for name, mine in found.get("speed", {}).get("contenders", {}).items():
+        for of in SETS:
+            one = mine["sets"].get(of)
+            cells = ["", "", "", "", mine["error"]] if one is None else [
+                f"{one['tokens_per_second']:.0f} ({one['range'][0]:.0f} to {one['range'][1]:.0f})", f"{one['samples_per_second']:.2f}", f"{one['tflops'] / peak:.2f}" if peak else "",
+                f"{one['peak_bytes'] / 1e9:.2f}", f"{one['losses'][0]:.4f} to {one['losses'][-1]:.4f}"]
+            print(f"| {name} | {mine.get('loaded_bytes', 0) / 1e9:.2f} | {mine.get('seconds_to_load', 0):.0f} | {of} | {' | '.join(cells)} |")
+    rows = [("2,000 samples x 3 epochs of 350 tokens, minutes", lambda: ", ".join(
+                f"{name} {6000 / mine['sets']['350']['samples_per_second'] / 60:.1f}" for name, mine in found["speed"]["contenders"].items() if "350" in mine["sets"])),
+            ("plan: memory foretold and measured, GB", lambda: f"{found['plan']['plan']['bytes'] / 1e9:.2f}, {found['plan']['bytes'] / 1e9:.2f}"),
+            ("plan: seconds foretold and measured", lambda: f"{found['plan']['plan']['seconds'] or 0:.0f}, {found['plan']['seconds']:.0f}"),
+            ("killed and resumed: largest difference of a loss", lambda: f"{found['resume']['largest_loss_difference']:.2e}, same bits {found['resume']['same_bits']}"),
+            ("merged into the full-precision base: largest difference of a logit", lambda: f"{found['merge']['largest_logit_difference']:.1e}"),
+            ("GGUF q8_0, GB; merge and export, s", lambda: f"{found['merge']['gguf_bytes'] / 1e9:.2f}; {found['merge']['seconds']}"),
+            ("embedded profile, GPU beside CPU: largest difference of a loss", lambda: f"{found['embedded']['largest_loss_difference']:.3%}"),
+            ("embedded profile on the GPU, seconds", lambda: ", ".join(f"{stage} {taken:.0f}" for stage, taken in found["embedded"]["seconds"].items()))]
+    print("\n| | |\n|---|---|")
+    for name, cell in rows:
+        try:
+            print(f"| {name} | {cell()} |")
+        except KeyError:
+            print(f"| {name} | |")
+    for name, why in bench.failed.items():
+        print(f"not measured, {name}: {why}")
+
+
+def main() -> None:
+    """See the file's opening."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tiny", action="store_true", help="two layers on a CPU")
+    parser.add_argument("--folder", type=Path, default=Path("outputs/gpu"))
+    parser.add_argument("--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser.add_argument("--parts", default="limits,base,speed,plan,resume,embedded,merge", type=lambda text: text.split(","))
+    parser.add_argument("--contenders", default="original,trl,unsloth,kit-unsloth,kit,kit-8,kit-8-free")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--minutes", type=float, default=9, help="no part begins after that")
+    parser.add_argument("--json", type=Path)
+    bench = Bench(parser.parse_args())
+    bench.folder.mkdir(parents=True, exist_ok=True)
+    for name, work in (("limits", measure_limits), ("base", build_base), ("speed", measure_speed), ("plan", foresee), ("resume", kill_and_resume),
+                       ("embedded", run_embedded), ("merge", merge_and_export)):
+        bench.part(name, lambda work=work: work(bench))
+    print_table(bench)
+    if bench.options.json:
+        bench.options.json.write_text(json.dumps({"found": bench.found, "failed": bench.failed}, indent=1))
+    sys.exit(bool(bench.failed))
+
+
+if __name__ == "__main__":
+    main()
