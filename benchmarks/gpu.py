@@ -182,6 +182,7 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
         for index in range(steps):
             for one in contenders if index % 2 == 0 else reversed(contenders):
                 one.step("reset" if index == 0 else "", name)
+            print(f"{name}, step {index}: " + ", ".join(f"{one.name} {one.records[name][-1].get('seconds', float('nan')):.2f} s" for one in contenders if name in one.records), flush=True)
     for one in contenders:
         one.close()
     weights = parameters(bench)
@@ -338,7 +339,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/gpu"))
     parser.add_argument("--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
     parser.add_argument("--parts", default="limits,base,speed,plan,resume,embedded,merge", type=lambda text: text.split(","))
-    parser.add_argument("--contenders", default="original,trl,unsloth,kit-unsloth,kit,kit-8,kit-8-free")
+    parser.add_argument("--contenders", default="original,trl,unsloth,kit-unsloth,kit-modules,kit,kit-kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=0.05)
     parser.add_argument("--minutes", type=float, default=9, help="no part begins after that")

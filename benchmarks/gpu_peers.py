@@ -103,15 +103,14 @@ def ours(*settings: str) -> Any:
     return build
 
 
-EIGHT = ("training.per_device_train_batch_size=8", "training.gradient_accumulation_steps=1")
 CONTENDERS = {
     "original": original,
     "trl": trl,
     "unsloth": with_unsloth,
     "kit": ours("model.backend=hf"),
     "kit-unsloth": ours("model.backend=unsloth"),
-    "kit-8": ours("model.backend=hf", *EIGHT),
-    "kit-8-free": ours("model.backend=hf", "training.gradient_checkpointing=false", *EIGHT),
+    "kit-modules": ours("model.backend=hf", "training.engine=modules"),
+    "kit-kept": ours("model.backend=hf", "training.gradient_checkpointing=false"),
 }
 
 
