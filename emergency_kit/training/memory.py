@@ -140,7 +140,7 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
     block = min(work.longest, 2 * BLOCK)
     flash = setting.on_gpu and b == 2
     spent = most * b * (queries + hidden + r["qkv"] + 2 * (inner + r["down"]) + inner + max(heads + r["o"], hidden + r["gate_up"], hidden + r["qkv"])
-                        + 2 * inner + hidden + hidden + (hidden if setting.recompute else 0) + max(r.values()))
+                        + 2 * inner + hidden + hidden + max(r.values()))
     spent += most * b * 3 * heads  # dq, dk, dv
     spent += b * (4 * heads * most if flash else 3 * shape.heads * block * work.longest + 3 * heads * work.longest + 2 * heads * block)
     if setting.four_bit:  # spread out, by group, and the largest module's once more

@@ -10,6 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
+from emergency_kit.training.fused import elementwise
+from emergency_kit.training.fused.layer import Buffers
 from emergency_kit.training.fused.step import FusedStep, unsupported
 from emergency_kit.training.fused.tree import Row
 from tests.training.test_fused import EVERYTHING, make_rows, naive
@@ -60,11 +62,53 @@ def test_flash_attention_stays_within_the_noise_of_bfloat16(tmp_path: Path, four
     model = load(tmp_path, four_bit, torch.bfloat16)
     modules = on_gpu(ROWS, model)
     assert unsupported(model) is None
-    step = FusedStep(model.get_base_model(), 2, recompute=recompute, row_tokens=800)
+    step = FusedStep(model.get_base_model(), 2, recompute=recompute, row_tokens=1000)
     assert step.flash and not step.share
     loss = step(ROWS, None)
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert len(step.last_plan.passes) == 1  # all rows fill the place of two of 800 tokens
+    assert len(step.last_plan.passes) == 1  # all rows fill the place of two of 1,000 tokens
     assert float(loss.detach()) == pytest.approx(reference[0], rel=2e-3)
     assert distance(found, reference[1]) < 1.5 * distance(modules[1], reference[1]) + 2e-3 < 0.2
+
+
+@pytest.mark.parametrize("name", ["norm", "norm gradient", "rotate", "rotate back", "swiglu", "swiglu gradient", "mask", "add masked"])
+@pytest.mark.parametrize("width", [96, 1500, 4096])
+def test_kernels_equal_torch_s_own_operations(name: str, width: int) -> None:
+    """Each over views with room beside them, poisoned, which must stay as it is."""
+    from emergency_kit.training.fused import kernels
+
+    def run(device: str) -> list[torch.Tensor]:
+        generator, tokens = torch.Generator().manual_seed(3), 7
+
+        def draw(*shape: int) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator).to(device)
+
+        scratch, out = Buffers(torch.float32, torch.device(device)), torch.full((tokens, 2 * width + 12), 77.0, device=device)
+        x, w, r = draw(tokens, width + 12)[:, :width], draw(width), draw(tokens, 1).abs()
+        one, two = out[:, :width], out[:, :2 * width]
+        if name == "norm":
+            elementwise.norm(x, w, 1e-5, r, one)
+        elif name == "norm gradient":
+            one.copy_(draw(tokens, width))
+            elementwise.add_norm_gradient(draw(tokens, width), x, r, w, scratch, one)
+        elif name.startswith("rotate"):
+            half = width // 6 // 2
+            heads = draw(tokens, 2 * half * 3 + 4)[:, :2 * half * 3].unflatten(1, (3, 1, 2 * half))
+            out = torch.full((6, tokens, 2 * half), 77.0, device=device)
+            cos, sin = draw(tokens, 1, 1, half), draw(tokens, 1, 1, half)
+            elementwise.rotate(heads, cos, sin, out.unflatten(0, (3, 2)).permute(2, 0, 1, 3), name == "rotate back")
+        elif name == "swiglu":
+            elementwise.swiglu(draw(tokens, 2 * width), one, scratch)
+        elif name == "swiglu gradient":
+            elementwise.swiglu_gradient(draw(tokens, width + 8)[:, :width], draw(tokens, 2 * width), two, scratch)
+        elif name == "mask":
+            elementwise.mask(x, draw(tokens, width), one)
+        else:
+            one.copy_(draw(tokens, width))
+            elementwise.add_masked(one, x, draw(tokens, width))
+        return [out.cpu(), r.cpu()]
+
+    assert elementwise._kernels(torch.empty(1, device="cuda")) is kernels
+    for found, expected in zip(run("cuda"), run("cpu")):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

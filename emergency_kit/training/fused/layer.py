@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from emergency_kit.training.fused import attention
+from emergency_kit.training.fused import attention, elementwise
 from emergency_kit.training.fused.attention import Keys
 from emergency_kit.training.fused.linears import Linears, Masks
 from emergency_kit.training.fused.tree import Pass
@@ -83,6 +83,8 @@ class Layer:
         self.key_heads, self.width = config.num_key_value_heads, head_width
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.epsilon = config.rms_norm_eps
+        # Flash attention reads the same keys for a group of queries, products need a copy for each.
+        self.copies = 1 if attention.can_flash(self.qkv.weight, head_width) else self.group
 
     @property
     def linears(self) -> list[Linears]:
@@ -100,16 +102,16 @@ class Layer:
         qkv = scratch("qkv", tokens, self.qkv.outputs)
         self.qkv.forward(h, saved.read["qkv"], qkv, scratch)
         saved.z["qkv"] = kept(slot + "z qkv", tokens, self.qkv.ranks).copy_(h[:, self.qkv.inputs:])
-        heads, groups, width = self.key_heads, self.group, self.width
-        saved.q, saved.k, saved.v = (kept(slot + name, heads * groups, tokens, width) for name in "qkv")
+        saved.q, saved.k, saved.v = (kept(slot + name, self.key_heads * copies, tokens, self.width) for name, copies in zip("qkv", (self.group, self.copies, self.copies)))
         q, k, v = self._split(qkv)
-        _rotate(q, rotation.q_cos, rotation.q_sin, self._by_token(saved.q))
-        _rotate(k, rotation.k_cos, rotation.k_sin, self._by_token(saved.k))
+        elementwise.rotate(q, rotation.q_cos, rotation.q_sin, self._by_token(saved.q))
+        elementwise.rotate(k, rotation.k_cos, rotation.k_sin, self._by_token(saved.k))
         self._by_token(saved.v).copy_(v)
 
     def forward(self, part: Pass, plan: Blocks, x: Tensor, above: Keys | None, rotation: Rotation,
-                read: dict[str, Tensor | None], scratch: Buffers, kept: Buffers, slot: str, out: Tensor) -> Saved:
-        """Output (tokens, width of the model) into out; read: from `draw`; slot: prefix of the names of what is kept."""
+                read: dict[str, Tensor | None], scratch: Buffers, kept: Buffers, slot: str, out: Tensor | None) -> Saved:
+        """Output (tokens, width of the model) into out, None where only what is kept is wanted; read: from `draw`; slot: prefix of the
+        names of what is kept."""
         tokens, saved = len(x), Saved(x, read)
         self.keys(x, saved, rotation, scratch, kept, slot)
         saved.attended = kept(slot + "attended", tokens, self.o.inputs + self.o.ranks)
@@ -125,7 +127,7 @@ class Layer:
         self.gate_up.forward(h, saved.read["gate_up"], saved.gate_up, scratch)
         saved.z["gate_up"] = kept(slot + "z gate_up", tokens, self.gate_up.ranks).copy_(h[:, self.gate_up.inputs:])
         m = scratch("m", tokens, self.down.inputs + self.down.ranks)
-        self._multiplied(saved.gate_up, scratch, m)
+        elementwise.swiglu(saved.gate_up, m[:, :self.down.inputs], scratch)
         self.down.forward(m, saved.read["down"], out, scratch, residual=saved.middle)
         saved.z["down"] = kept(slot + "z down", tokens, self.down.ranks).copy_(m[:, self.down.inputs:])
         return saved
@@ -157,29 +159,25 @@ class Layer:
         if dq is None:
             into_q.zero_()
         else:
-            _rotate(self._by_token(dq), rotation.q_cos, -rotation.q_sin, into_q)
-        _rotate(self._summed(dk), rotation.k_cos, -rotation.k_sin, into_k)
+            elementwise.rotate(self._by_token(dq), rotation.q_cos, rotation.q_sin, into_q, back=True)
+        elementwise.rotate(self._summed(dk), rotation.k_cos, rotation.k_sin, into_k, back=True)
         into_v.copy_(self._summed(dv))
         h = self._again(saved.x, saved.r1, self.norm1, self.qkv, saved.z["qkv"], scratch)
         dh = self.qkv.backward(dqkv, h, saved.read["qkv"], scratch("dh", tokens, self.qkv.inputs + self.qkv.ranks), scratch)
         if need_input:
-            add_norm_gradient(dh, saved.x, saved.r1, self.norm1.weight.detach(), scratch, dx)
+            elementwise.add_norm_gradient(dh, saved.x, saved.r1, self.norm1.weight.detach(), scratch, dx)
 
     def _backward_mlp(self, saved: Saved, scratch: Buffers, dx: Tensor) -> None:
         tokens = len(dx)
         m = scratch("m", tokens, self.down.inputs + self.down.ranks)
-        silu = self._multiplied(saved.gate_up, scratch, m)
+        elementwise.swiglu(saved.gate_up, m[:, :self.down.inputs], scratch)
         m[:, self.down.inputs:] = saved.z["down"]
         dm = self.down.backward(dx, m, saved.read["down"], scratch("dm", tokens, self.down.inputs + self.down.ranks), scratch)
-        gate, up = saved.gate_up.chunk(2, 1)
         dgate_up = scratch("dgate_up", tokens, self.gate_up.outputs)
-        dgate, dup = dgate_up.chunk(2, 1)
-        torch.mul(dm, silu, out=dup)
-        dm *= up
-        torch.ops.aten.silu_backward.grad_input(dm, gate, grad_input=dgate)
+        elementwise.swiglu_gradient(dm, saved.gate_up, dgate_up, scratch)
         h = self._again(saved.middle, saved.r2, self.norm2, self.gate_up, saved.z["gate_up"], scratch)
         dh = self.gate_up.backward(dgate_up, h, saved.read["gate_up"], scratch("dh", tokens, self.gate_up.inputs + self.gate_up.ranks), scratch)
-        add_norm_gradient(dh, saved.middle, saved.r2, self.norm2.weight.detach(), scratch, dx)
+        elementwise.add_norm_gradient(dh, saved.middle, saved.r2, self.norm2.weight.detach(), scratch, dx)
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Views (tokens, key heads, group, width) and twice (tokens, key heads, 1, width)."""
@@ -192,53 +190,22 @@ class Layer:
         return x.unflatten(1, (self.key_heads * self.group, self.width)).transpose(0, 1)
 
     def _by_token(self, x: Tensor) -> Tensor:
-        """(heads, tokens, width) as (tokens, key heads, group, width)."""
-        return x.unflatten(0, (self.key_heads, self.group)).permute(2, 0, 1, 3)
+        """(heads, tokens, width) as (tokens, key heads, copies, width)."""
+        return x.unflatten(0, (self.key_heads, -1)).permute(2, 0, 1, 3)
 
     def _summed(self, x: Tensor) -> Tensor:
         """(heads, tokens, width) summed over the heads that share keys, as (tokens, key heads, 1, width)."""
-        return x.unflatten(0, (self.key_heads, self.group)).sum(1).transpose(0, 1)[:, :, None]
-
-    def _multiplied(self, gate_up: Tensor, scratch: Buffers, m: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, 1)
-        silu = scratch("silu", *gate.shape)
-        torch.ops.aten.silu.out(gate, out=silu)
-        torch.mul(silu, up, out=m[:, :self.down.inputs])
-        return silu
+        return (x if self.copies == 1 else x.unflatten(0, (self.key_heads, -1)).sum(1)).transpose(0, 1)[:, :, None]
 
     def _normed(self, x: Tensor, norm: Any, name: str, saved: Saved, reader: Linears, scratch: Buffers, kept: Buffers, slot: str) -> Tensor:
-        r = inverse_norm(x, self.epsilon, out=kept(slot + name, len(x), 1, dtype=torch.float32))
+        r = kept(slot + name, len(x), 1, dtype=torch.float32)
         setattr(saved, name, r)
-        return self._again(x, r, norm, reader, None, scratch)
-
-    def _again(self, x: Tensor, r: Tensor, norm: Any, reader: Linears, z: Tensor | None, scratch: Buffers) -> Tensor:
         h = scratch("h", len(x), reader.inputs + reader.ranks)
-        scaled = h[:, :reader.inputs]
-        torch.mul(x, r, out=scaled)
-        scaled *= norm.weight.detach()
-        if z is not None:
-            h[:, reader.inputs:] = z
+        elementwise.norm(x, norm.weight.detach(), self.epsilon, r, h[:, :reader.inputs])
         return h
 
-
-def inverse_norm(x: Tensor, epsilon: float, out: Tensor | None = None) -> Tensor:
-    """r = 1 / sqrt(mean x² + ε) of each token, (tokens, 1), in float32."""
-    return torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32, out=out).square_().div_(x.shape[1]).add_(epsilon).rsqrt_()
-
-
-def add_norm_gradient(dh: Tensor, x: Tensor, r: Tensor, weight: Tensor, scratch: Buffers, dx: Tensor) -> None:
-    """Add to dx the gradient of x through h = x r w, r = 1 / sqrt(mean x² + ε); dh (tokens, width) is overwritten."""
-    dh *= weight
-    product = torch.mul(dh, x, out=scratch("product", *x.shape))
-    along = torch.mv(product, scratch("ones", x.shape[1]).fill_(1))[:, None]
-    dh *= r
-    dx += dh
-    dx.addcmul_(x, (along * r.pow(3) / x.shape[1]).to(x.dtype), value=-1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """out = x cos + rotate_half(x) sin over the last dimension, whose halves are rotated against each other."""
-    low, high = x.expand(out.shape).chunk(2, -1)
-    out_low, out_high = out.chunk(2, -1)
-    torch.mul(low, cos, out=out_low).addcmul_(high, sin, value=-1)
-    torch.mul(high, cos, out=out_high).addcmul_(low, sin)
+    def _again(self, x: Tensor, r: Tensor, norm: Any, reader: Linears, z: Tensor, scratch: Buffers) -> Tensor:
+        h = scratch("h", len(x), reader.inputs + reader.ranks)
+        elementwise.norm_again(x, norm.weight.detach(), self.epsilon, r, h[:, :reader.inputs])
+        h[:, reader.inputs:] = z
+        return h

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emergency_kit.training.fused import elementwise
+
 
 @dataclass
 class Adapter:
@@ -102,11 +104,13 @@ class Linears:
         """Which places of an input are kept, (tokens, inputs) of 0 and 1; None where all are."""
         return masks.draw(tokens, self.inputs) if masks and self.dropout and self.ranks else None
 
-    def forward(self, h: Tensor, kept: Tensor | None, out: Tensor, scratch: Any, residual: Tensor | None = None) -> None:
-        """y, plus residual where given, into out (tokens, outputs). h: (tokens, inputs + ranks); z is put into its last columns."""
+    def forward(self, h: Tensor, kept: Tensor | None, out: Tensor | None, scratch: Any, residual: Tensor | None = None) -> None:
+        """y, plus residual where given, into out (tokens, outputs), where that is wanted. h: (tokens, inputs + ranks); z is put into its last columns."""
         if self.ranks:
             z = torch.mm(self._read(h, kept, scratch), self.stacked_a.t(), out=scratch("z", len(h), self.ranks))
             h[:, self.inputs:] = z
+        if out is None:
+            return
         weight = self.whole(scratch).t()
         if residual is None:
             torch.mm(h, weight, out=out)
@@ -129,12 +133,12 @@ class Linears:
             if kept is None:
                 dh.addmm_(dz, self.stacked_a)
             else:
-                dh.addcmul_(torch.mm(dz, self.stacked_a, out=scratch("back", len(h), self.inputs)), kept)
+                elementwise.add_masked(dh, torch.mm(dz, self.stacked_a, out=scratch("back", len(h), self.inputs)), kept)
         return dh
 
     def _read(self, h: Tensor, kept: Tensor | None, scratch: Any) -> Tensor:
         read = h[:, :self.inputs]
-        return read if kept is None else torch.mul(read, kept, out=scratch("read", *read.shape))
+        return read if kept is None else elementwise.mask(read, kept, scratch("read", *read.shape))
 
     def gradients(self) -> list[Tensor]:
         """Gradients of a and b of every adapter, in order, in float32."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.training.fused.attention import Keys, can_flash, plan_blocks
-from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved, add_norm_gradient, inverse_norm
+from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
+from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
 from emergency_kit.training.fused.tree import Pass, Plan, Row, plan_step
 
@@ -148,8 +149,7 @@ class FusedStep:
             for index in reversed(range(self.lowest, len(self.layers))):
                 layer, one, above = self.layers[index], saved[index], keys[index] if keys else None
                 if not whole:
-                    one = layer.forward(tokens.part, tokens.blocks, one.x, above, tokens.rotation, one.read, self.scratch, self.kept, "",
-                                        self.scratch("again", *x.shape))
+                    one = layer.forward(tokens.part, tokens.blocks, one.x, above, tokens.rotation, one.read, self.scratch, self.kept, "", None)
                 layer.backward(tokens.part, tokens.blocks, one, above, None, tokens.rotation, self.scratch, dx, index > self.lowest)
         return loss
 
