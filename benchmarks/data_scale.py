@@ -67,7 +67,8 @@ def _map(tokenizer, folder: Path, batched: bool) -> int:
     import datasets
     import pyarrow.compute as compute
 
-    from emergency_kit.data.format import build_messages, render_prompt
+    from emergency_kit.data.format import build_messages
+    from emergency_kit.data.template import render_prompt
 
     def tokenise(rows):
         prompts = [render_prompt(tokenizer, build_messages(text, None, instruction)) for text, instruction in zip(rows["input"], rows["instruction"])]

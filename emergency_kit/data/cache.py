@@ -24,8 +24,9 @@ from filelock import FileLock, Timeout
 
 from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import Record, record_messages, render_prompt
+from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.rejected import RejectedList, say_rejected
+from emergency_kit.data.template import render_prompt
 from emergency_kit.data.tokenize import TokenRows, build_rows, map_ids, say_changed
 from emergency_kit.errors import DataError
 from emergency_kit.files import folder_bytes, staged_folder
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 DAY_SECONDS = 86400
 _PACKAGE = Path(__file__).resolve().parent.parent
 # What these files and packages do decides which tokens a record becomes.
-_CODE = ("data/cache.py", "data/columns.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/load.py", "data/sources.py", "data/tokenize.py",
+_CODE = ("data/cache.py", "data/columns.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/load.py", "data/sources.py", "data/template.py", "data/tokenize.py",
          "knowledge/cards.py", "knowledge/emergency_numbers.py", "knowledge/emergency_numbers.yaml", "knowledge/index.py", "knowledge/retrieve.py")
 _LIBRARIES = ("numpy", "rensa", "tokenizers", "transformers")
 

@@ -1,7 +1,7 @@
 """The one place that knows how a record becomes a prompt and how an answer is written, read and checked.
 
 Training, evaluation, inference and export all import it, so that a model is asked exactly as it was
-taught. In: a `Record` or a scenario, knowledge cards. Out: chat messages, prompt text, answers.
+taught; the chat template is in template.py. In: a `Record` or a scenario, knowledge cards. Out: chat messages, answers.
 Text that a model produced is parsed, never rewritten.
 """
 
@@ -129,55 +129,6 @@ def record_messages(record: Record, cards: Mapping[str, Card], grounding: str) -
     """The prompt of a record under `dataset.grounding`."""
     shown = shown_cards(record.cards or (), cards) if grounding == "cards" else None
     return build_messages(record.input, shown, record.instruction, record.country, record.fits)
-
-
-class PromptRenderer:
-    """`render_prompt` for many prompts: the chat template is rendered once where all it does is wrap the user's text."""
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._wrapped: tuple[str, str] | None = None
-        texts = ("first mark", "CARD: second\n\nmark {{ 1 }}")
-        rendered = [render_prompt(tokenizer, build_messages(text, None)) for text in texts]
-        asked = [build_messages(text, None)[1]["content"] for text in texts]
-        head, mark, tail = rendered[0].partition(asked[0])
-        if mark and rendered[1] == head + asked[1] + tail:
-            self._wrapped = head, tail
-
-    def __call__(self, messages: list[dict[str, str]]) -> str:
-        """Prompt text up to where the answer begins."""
-        content = messages[1]["content"]
-        # Templates may trim what stands at the ends, and the wrapping was found with the kit's own system prompt.
-        if self._wrapped and messages[0]["content"] == SYSTEM_PROMPT and content == content.strip():
-            return content.join(self._wrapped)
-        return render_prompt(self._tokenizer, messages)
-
-
-def render_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> str:
-    """Prompt text up to where the answer begins, by the tokenizer's own chat template.
-
-    Templates that know no system role (some Mistral revisions) get it at the head of the user's turn.
-    """
-    return _render(tokenizer, messages)[1]
-
-
-def as_accepted(tokenizer: Any, messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages that the chat template gets: as they are, or with the system's text in the user's turn."""
-    return _render(tokenizer, messages)[0]
-
-
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str]:
-    system, user = messages[0]["content"], messages[1]["content"]
-    import jinja2
-
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError:
-        text = ""
-    if system in text:
-        return messages, text
-    folded = [{"role": "user", "content": f"{system}\n\n{user}"}]
-    return folded, tokenizer.apply_chat_template(folded, tokenize=False, add_generation_prompt=True)
 
 
 def render_answer(answer: Answer) -> str:

@@ -1,8 +1,9 @@
 """Tokens: records become rows of ids in which only the answer and its end token are supervised.
 
 In: records, the tokenizer with its chat template. Out: `TokenRows`, in memory or read from disk as they
-are needed. A row is prompt ids, answer ids, end-of-turn id; the label of the first part is IGNORE.
-Labels come from these segments, never from a search in the text. A control token that stands in the
+are needed. A row is prompt ids, answer ids, end-of-turn id; the label of the first part is IGNORE. The ids are those of the
+tokenizer's own chat template, and the prompt is the one that inference asks with; where a token would stand over the border of the two,
+the answer is tokenised by itself. Labels come from these segments, never from a search in the text. A control token that stands in the
 text of a record becomes that token, as in every chat template; `data inspect` names such rows.
 """
 
@@ -19,7 +20,8 @@ import numpy as np
 import xxhash
 
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import PromptRenderer, Record, record_messages, render_prompt
+from emergency_kit.data.format import Record, record_messages
+from emergency_kit.data.template import PromptRenderer, find_turn, render_prompt
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import load_cards
 
@@ -82,6 +84,18 @@ def encode_prompt(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return _with_bos(tokenizer(render_prompt(tokenizer, messages), add_special_tokens=False).input_ids, _opening(tokenizer))
 
 
+def encode_row(tokenizer: Any, messages: list[dict[str, str]], answer: str) -> tuple[list[int], int]:
+    """`(ids, prompt length)` of one conversation, as in training."""
+    (prompt,), (answered,) = _Tokenise(tokenizer).rows([render_prompt(tokenizer, messages)], [answer.strip()])
+    prompt = _with_bos(prompt, _opening(tokenizer))
+    return prompt + answered, len(prompt)
+
+
+def end_of_turn(tokenizer: Any) -> int:
+    """Id of the token that ends an answer by the chat template; need not be the tokenizer's own end token."""
+    return tokenizer.convert_tokens_to_ids(find_turn(tokenizer).end)
+
+
 def _opening(tokenizer: Any) -> list[int]:
     opening = tokenizer("").input_ids[:1]
     return opening if opening == [tokenizer.bos_token_id] else []
@@ -114,24 +128,24 @@ def encode(records: Iterable[Record], tokenizer: Any, resolved: Resolved, limit:
     dataset = resolved.config.dataset
     limit = limit or resolved.config.model.max_seq_length
     cards = load_cards() if dataset.grounding == "cards" else {}
-    render, opening, end = PromptRenderer(tokenizer), _opening(tokenizer), [tokenizer.eos_token_id]
+    render, opening = PromptRenderer(tokenizer), _opening(tokenizer)
     batched = _Tokenise(tokenizer)
     for batch in _batches(records, BATCH):
-        prompts = batched.prompts([render(record_messages(record, cards, dataset.grounding)) for record in batch])
-        answers = batched([record.output.strip() for record in batch])
+        prompts, answers = batched.rows([render(record_messages(record, cards, dataset.grounding)) for record in batch],
+                                        [record.output.strip() for record in batch])
         for record, prompt, answer in zip(batch, prompts, answers):
-            prompt, answer = _with_bos(prompt, opening), answer + end
+            prompt = _with_bos(prompt, opening)
             row = fit_row(record.id, prompt, answer, limit, dataset.overlength)
             total = len(prompt) + len(answer)
             if row is None:
                 yield Encoded(record, [], 0, total, len(answer))
             else:
-                _check_row(record.id, *row, tokenizer)
+                _check_row(record.id, *row, tokenizer, batched.end)
                 yield Encoded(record, *row, total, len(answer))
 
 
 class _Tokenise:
-    """Ids of many texts, with no special tokens added; what all prompts begin with is tokenised once."""
+    """Ids of many texts, with no special tokens added; what all prompts begin with is tokenised once. end: id of the token that ends an answer."""
 
     def __init__(self, tokenizer: Any):
         self._tokenizer = tokenizer
@@ -142,14 +156,30 @@ class _Tokenise:
         self._cuts = [token.content for token in tokenizer.added_tokens_decoder.values()
                       if token.special and not (token.normalized or token.lstrip or token.single_word)] if self._backend else []
         self._head, self._head_ids = "", list[int]()
+        self._turn = find_turn(tokenizer)
+        self.end: int = tokenizer.convert_tokens_to_ids(self._turn.end)
 
     def __call__(self, texts: list[str]) -> list[list[int]]:
         if self._backend is None:
             return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False).input_ids
         return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def prompts(self, texts: list[str]) -> list[list[int]]:
-        """Ids of prompts, which the template gives the same head."""
+    def rows(self, prompts: list[str], answers: list[str]) -> tuple[list[list[int]], list[list[int]]]:
+        """`(ids of prompts, ids of answers with what ends them)`. An answer is tokenised behind the last piece of its prompt, as the template has it."""
+        cuts = [max([0, *(prompt.rfind(token) for token in self._cuts)]) for prompt in prompts]
+        tails = [prompt[cut:] for prompt, cut in zip(prompts, cuts)]
+        distinct = list(dict.fromkeys(tails))
+        ids_of = dict(zip(distinct, self(distinct)))
+        wholes = self([f"{tail}{self._turn.lead}{answer}{self._turn.closing}" for tail, answer in zip(tails, answers)])
+        answered = []
+        for tail, answer, whole in zip(tails, answers, wholes):
+            before = ids_of[tail]
+            answered.append(whole[len(before):] if whole[:len(before)] == before else [*self([answer])[0], self.end])
+        heads = self.heads([prompt[:cut] for prompt, cut in zip(prompts, cuts)])
+        return [head + ids_of[tail] for head, tail in zip(heads, tails)], answered
+
+    def heads(self, texts: list[str]) -> list[list[int]]:
+        """Ids of what prompts begin with, the first of it the same by the template."""
         if not self._head or not all(text.startswith(self._head) for text in texts):
             same = os.path.commonprefix(texts)
             cut = max((same.rfind(token) for token in self._cuts), default=0)
@@ -169,11 +199,11 @@ def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
-def _check_row(name: str, row: list[int], prompt: int, tokenizer: Any) -> None:
+def _check_row(name: str, row: list[int], prompt: int, tokenizer: Any, end: int) -> None:
     if prompt >= len(row) - 1:
         raise DataError(f"record {name}: no supervised token; its answer has no text")
-    if row[-1] != tokenizer.eos_token_id:
-        raise DataError(f"record {name}: its last label is not the end token {tokenizer.eos_token!r}")
+    if row[-1] != end:
+        raise DataError(f"record {name}: its last label is not the end token {tokenizer.convert_ids_to_tokens(end)!r}")
     if tokenizer.bos_token_id is not None and row[:2] == [tokenizer.bos_token_id] * 2:
         raise DataError(f"record {name}: begins with two {tokenizer.bos_token!r}; check the chat template")
 

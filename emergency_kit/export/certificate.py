@@ -19,7 +19,8 @@ import numpy
 import torch
 
 from emergency_kit.config import ExportConfig, Resolved
-from emergency_kit.data.format import as_accepted, record_messages
+from emergency_kit.data.format import record_messages
+from emergency_kit.data.template import as_accepted, render_prompt
 from emergency_kit.errors import ExportError
 from emergency_kit.export import held_out, parity
 from emergency_kit.export.progress import report_while
@@ -28,7 +29,7 @@ from emergency_kit.export.reference import Reference
 from emergency_kit.export.safety import measure_safety
 from emergency_kit.export.strings import build_strings
 from emergency_kit.files import scratch_folder
-from emergency_kit.data.tokenize import encode_prompt
+from emergency_kit.data.tokenize import encode_prompt, end_of_turn
 from emergency_kit.knowledge.cards import load_cards
 
 # Places compared at once: 256 rows of a vocabulary of 150,000 are 150 MB.
@@ -73,9 +74,8 @@ class Examiner:
 
     @cached_property
     def conversations(self) -> list[list[dict[str, str]]]:
-        """Chats whose rendering is compared, as the model's template accepts them."""
-        chats = [*parity.build_messages_for_proof(self.resolved), *self.prompts]
-        return [as_accepted(self.tokenizer, messages) for messages in chats]
+        """Chats whose rendering is compared."""
+        return [*parity.build_messages_for_proof(self.resolved), *self.prompts]
 
     @cached_property
     def prompts(self) -> list[list[dict[str, str]]]:
@@ -108,7 +108,7 @@ def certify(path: Path, quantization: Quantization, examiner: Examiner, lora: Pa
     with scratch_folder(path.parent) as scratch:
         logits_file = scratch / "logits"
         reply = parity.ask_llama({
-            "model": str(path.resolve()), "lora": str(lora.resolve()) if lora else "", "texts": examiner.sent, "messages": examiner.conversations,
+            "model": str(path.resolve()), "lora": str(lora.resolve()) if lora else "", "texts": examiner.sent, "messages": [as_accepted(tokenizer, messages) for messages in examiner.conversations],
             "prompts": ids, "new_tokens": export.certificate_max_new_tokens, "sequences": held.sequences, "logits_file": str(logits_file.resolve())},
             path.stat().st_size)
         logits = numpy.memmap(logits_file, numpy.float32, "r").reshape(-1, reply["vocabulary"])
@@ -177,7 +177,7 @@ def _compare_templates(tokenizer: Any, conversations: list[list[dict[str, str]]]
     """llama.cpp leaves a leading BOS to its tokenizer."""
     equal = 0
     for messages, found in zip(conversations, rendered):
-        expected = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        expected = render_prompt(tokenizer, messages)
         equal += found is not None and (found == expected or (tokenizer.bos_token or "") + found == expected)
     return {"chats": len(conversations), "equal": equal}
 
@@ -232,4 +232,5 @@ def _find_outside(certificate: dict[str, Any]) -> list[str]:
 
 def _text(tokenizer: Any, ids: list[int]) -> str:
     """As `inference.engine` makes text of ids: end tokens left out."""
-    return tokenizer.decode([token for token in ids if token != tokenizer.eos_token_id], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return tokenizer.decode([token for token in ids if token not in ends], skip_special_tokens=True, clean_up_tokenization_spaces=False)

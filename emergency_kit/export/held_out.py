@@ -13,7 +13,7 @@ from typing import Any
 from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.load import load_split
-from emergency_kit.data.tokenize import encode_prompt
+from emergency_kit.data.tokenize import encode_row
 from emergency_kit.errors import DataError, ExportError
 from emergency_kit.knowledge.cards import load_cards
 
@@ -58,9 +58,8 @@ def _draw_answers(records: list[Record], tokenizer: Any, grounding: str, wanted:
     for record in records:
         if len(targets) >= wanted:
             break
-        prompt = encode_prompt(tokenizer, record_messages(record, cards, grounding))
-        answer = [*tokenizer(record.output, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-        if len(prompt) + len(answer) <= limit:
-            sequences.append((prompt + answer[:-1], len(prompt) - 1))
-            targets += answer
+        ids, prompt = encode_row(tokenizer, record_messages(record, cards, grounding), record.output)
+        if len(ids) <= limit:
+            sequences.append((ids[:-1], prompt - 1))
+            targets += ids[prompt:]
     return sequences, targets

@@ -57,7 +57,7 @@ def _ask_server(request: dict[str, Any]) -> dict[str, Any]:
 
     def render(messages: list[dict[str, str]]) -> str | None:
         try:
-            return post("/apply-template", {"messages": messages})["prompt"]
+            return post("/apply-template", {"messages": messages, "chat_template_kwargs": request["template_settings"]})["prompt"]
         except urllib.error.HTTPError:
             return None
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from emergency_kit.config import Resolved
-from emergency_kit.data.format import SYSTEM_PROMPT, as_accepted, render_prompt
+from emergency_kit.data.format import SYSTEM_PROMPT
+from emergency_kit.data.template import apply_template, as_accepted, find_turn, render_prompt
 from emergency_kit.errors import ExportError
 from emergency_kit.export import parity
 
@@ -46,7 +47,7 @@ class Modelfile:
 def build_modelfile(file_name: str, tokenizer: Any, license_id: str | None, resolved: Resolved) -> str:
     """The Modelfile of a GGUF file that lies beside it."""
     config = resolved.config
-    parameters: list[tuple[str, Any]] = [("stop", _quote(tokenizer.eos_token)), ("num_ctx", config.model.max_seq_length),
+    parameters: list[tuple[str, Any]] = [*(("stop", _quote(token)) for token in _stops(tokenizer)), ("num_ctx", config.model.max_seq_length),
                                          ("num_predict", config.inference.max_new_tokens), ("temperature", f"{config.inference.temperature:g}"),
                                          ("repeat_penalty", "1")]  # Ollama's default, 1.1, punishes the words of the card
     if config.inference.temperature > 0:
@@ -59,6 +60,11 @@ def build_modelfile(file_name: str, tokenizer: Any, license_id: str | None, reso
         *(f"PARAMETER {name} {value}" for name, value in parameters), *([f"LICENSE {_quote(license_id)}"] if license_id else [])]) + "\n"
 
 
+def _stops(tokenizer: Any) -> list[str]:
+    """What ends an answer: the chat template's end token, and the tokenizer's own where it is another."""
+    return list(dict.fromkeys([find_turn(tokenizer).end, tokenizer.eos_token]))
+
+
 def build_template(tokenizer: Any) -> str:
     """The chat template as a Go template of system prompt, user's text and answer.
 
@@ -67,11 +73,11 @@ def build_template(tokenizer: Any) -> str:
     """
     accepted = as_accepted(tokenizer, [{"role": "system", "content": _SYSTEM}, {"role": "user", "content": _USER}])
     turns = [*accepted, {"role": "assistant", "content": _ASSISTANT}, {"role": "user", "content": _NEXT}]
-    first = tokenizer.apply_chat_template(accepted, tokenize=False, add_generation_prompt=True)
-    both = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    first, both = apply_template(tokenizer, accepted), apply_template(tokenizer, turns)
     opening = re.fullmatch(f"(.*){_SYSTEM}(.*){_USER}(.*)", first, re.S)
     later = re.fullmatch(f"(.*){_SYSTEM}(.*){_USER}(.*){_ASSISTANT}(.*){_NEXT}(.*)", both, re.S)
-    if not opening or not later or opening.groups() != later.groups()[:3] or later.group(5) != opening.group(3):
+    # Qwen 3 leaves the empty thought, with which it begins every answer, out of earlier turns; Ollama will show it there.
+    if not opening or not later or opening.groups()[:2] != later.groups()[:2] or not opening.group(3).startswith(later.group(3)) or later.group(5) != opening.group(3):
         raise ExportError("the chat template does more than wrap system prompt, user's text and answer, so that no Modelfile can be written for it; "
                           "serve the GGUF file with llama.cpp, which runs the template itself")
     head, middle, tail = opening.groups()
@@ -144,8 +150,8 @@ def fill_template(template: str, system: str, prompt: str, response: str) -> str
 def prove_modelfile(text: str, tokenizer: Any, resolved: Resolved) -> None:
     """Raise ExportError unless the Modelfile parses and its prompts are those of training."""
     parsed = parse_modelfile(text)
-    if parsed.system != SYSTEM_PROMPT or tokenizer.eos_token not in parsed.stops or parsed.template is None:
-        raise ExportError("Modelfile: read back, it does not hold the system prompt and the stop token that training used; report this tokenizer")
+    if parsed.system != SYSTEM_PROMPT or parsed.stops != _stops(tokenizer) or parsed.template is None:
+        raise ExportError("Modelfile: read back, it does not hold the system prompt and the stop tokens that training used; report this tokenizer")
     bos = tokenizer.bos_token or ""
     for messages in parity.build_messages_for_proof(resolved):
         expected = render_prompt(tokenizer, messages)

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from emergency_kit.config import REPOSITORY, Resolved
-from emergency_kit.data.format import build_messages, render_prompt
+from emergency_kit.data.format import build_messages
+from emergency_kit.data.template import SETTINGS, render_prompt
 from emergency_kit.errors import ExportError
 from emergency_kit.export.progress import report_while
 from emergency_kit.knowledge.cards import load_cards
 
 TRICKY = "Dial 112 or 1-800-222-1222 :\n\n  “don’t move”, 10 cm cut — 37.5 °C 🔥\tHe’s 5, isn't   breathing…"
-NOTHING: dict[str, Any] = {"texts": [], "messages": [], "prompts": [], "sequences": [], "new_tokens": 1, "lora": "", "logits_file": ""}
+NOTHING: dict[str, Any] = {"template_settings": SETTINGS, "texts": [], "messages": [], "prompts": [], "sequences": [], "new_tokens": 1, "lora": "", "logits_file": ""}
 
 
 def build_messages_for_proof(resolved: Resolved) -> list[list[dict[str, str]]]:

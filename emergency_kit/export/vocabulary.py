@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from emergency_kit.data.tokenize import end_of_turn
 from emergency_kit.errors import ExportError
 
 if TYPE_CHECKING:
@@ -73,9 +74,10 @@ def build_vocabulary(tokenizer: Any, rows: int, source: str) -> Vocabulary:
     tokens, kinds = _list_tokens(tokenizer, parts, rows, source, byte_level)
     ids = {role: getattr(tokenizer, f"{name}_token_id") for role, name in
            (("bos", "bos"), ("eos", "eos"), ("unk", "unk"), ("pad", "pad"))}
+    end = end_of_turn(tokenizer) if tokenizer.chat_template else ids["eos"]
     encoded = tokenizer("a")["input_ids"]
     common: dict[str, Any] = {
-        "tokens": tokens, "kinds": kinds, "special": {role: number for role, number in ids.items() if number is not None},
+        "tokens": tokens, "kinds": kinds, "special": {role: number for role, number in ids.items() if number is not None} | ({"eot": end} if end != ids["eos"] else {}),
         "add_bos": bool(encoded) and ids["bos"] is not None and encoded[0] == ids["bos"],
         "add_eos": len(encoded) > 1 and ids["eos"] is not None and encoded[-1] == ids["eos"],
         "chat_template": tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None}
@@ -96,7 +98,8 @@ def add_vocabulary(writer: "GGUFWriter", vocabulary: Vocabulary) -> None:
         writer.add_token_scores(vocabulary.scores)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
-    add_id = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id}
+    add_id = {"bos": writer.add_bos_token_id, "eos": writer.add_eos_token_id, "unk": writer.add_unk_token_id, "pad": writer.add_pad_token_id,
+              "eot": writer.add_eot_token_id}
     for role, number in vocabulary.special.items():
         add_id[role](number)
     writer.add_add_bos_token(vocabulary.add_bos)

@@ -14,7 +14,7 @@ from typing import Any, Callable, Iterator, Sequence
 import torch
 from transformers import DynamicCache
 
-from emergency_kit.data.tokenize import encode_prompt
+from emergency_kit.data.tokenize import encode_prompt, end_of_turn
 from emergency_kit.inference.engines import Generated, Messages, Progress, State, Stream, check_length, repeats_itself
 from emergency_kit.inference.grammar import Constraint, build_tokenizer
 from emergency_kit.model.backend import Loaded
@@ -33,7 +33,7 @@ class Engine:
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         listed = getattr(self.model.generation_config, "eos_token_id", None)
         listed = listed if isinstance(listed, list) else [listed]
-        self.end_ids = {token for token in (*listed, self.tokenizer.eos_token_id) if token is not None}
+        self.end_ids = {token for token in (*listed, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)) if token is not None}
         self._vocabulary: int = config.vocab_size
         self._grammar_tokenizer: Any = None
         self._lock = threading.Lock()

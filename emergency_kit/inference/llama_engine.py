@@ -176,13 +176,16 @@ class _Tokenizer:
     def __call__(self, text: str, add_special_tokens: bool = True) -> "_Encoded":
         return _Encoded(self._tokenise(text, add_special_tokens))
 
-    def apply_chat_template(self, messages: Messages, tokenize: bool = False, add_generation_prompt: bool = True) -> str:
-        """The file's chat template; raises jinja2.TemplateError where it refuses, as transformers does."""
+    def apply_chat_template(self, messages: Messages, tokenize: bool = False, add_generation_prompt: bool = True, **settings: Any) -> str:
+        """The file's chat template; raises jinja2.TemplateError where it refuses, as transformers does, and for a conversation that ends
+        in an answer, which llama.cpp would go on with."""
         import jinja2
 
-        assert not tokenize and add_generation_prompt
+        assert not tokenize
+        if not add_generation_prompt:
+            raise jinja2.TemplateError("llama.cpp renders prompts alone")
         try:
-            return self._call("/apply-template", {"messages": messages})["prompt"]
+            return self._call("/apply-template", {"messages": messages, "chat_template_kwargs": settings})["prompt"]
         except urllib.error.HTTPError as error:
             raise jinja2.TemplateError(error.read().decode(errors="replace")) from None
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any, Mapping
 
-from emergency_kit.data.format import build_messages, render_prompt, shown_cards
+from emergency_kit.data.format import build_messages, shown_cards
+from emergency_kit.data.template import render_prompt
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.llama_engine import LlamaEngine
 from emergency_kit.knowledge.cards import Card

@@ -6,9 +6,10 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer
 
 from emergency_kit.data.format import (
-    ANSWER_SCHEMA, SAFE_HEADING, SECTIONS, PromptRenderer, SYSTEM_PROMPT, Answer, Record, build_messages, parse_answer, parse_json_answer, record_messages,
-    render_answer, render_card, render_prompt, shown_cards,
+    ANSWER_SCHEMA, SAFE_HEADING, SECTIONS, SYSTEM_PROMPT, Answer, Record, build_messages, parse_answer, parse_json_answer, record_messages,
+    render_answer, render_card, shown_cards,
 )
+from emergency_kit.data.template import PromptRenderer, render_prompt
 from emergency_kit.knowledge.cards import Card
 
 CARD = Card.model_validate({
@@ -109,8 +110,8 @@ def test_grounding_decides_whether_a_record_shows_its_cards():
 
 
 @pytest.mark.parametrize("template", [
-    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}[INST] {{ m.content }} [/INST]{% endfor %}",
-    "{% for m in messages if m.role != 'system' %}[INST] {{ m.content }} [/INST]{% endfor %}",
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}",
+    "{% for m in messages if m.role != 'system' %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' else m.content }}{% endfor %}",
 ])
 def test_a_template_without_a_system_role_gets_it_in_the_users_turn(template):
     own = AutoTokenizer.from_pretrained("models/SmolLM2-135M-Instruct")

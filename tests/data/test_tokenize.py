@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from emergency_kit.config import Resolved, load_config
-from emergency_kit.data.format import Record, build_messages, record_messages, render_prompt
+from emergency_kit.data.format import Record, build_messages, record_messages
+from emergency_kit.data.template import render_prompt
 from emergency_kit.data.tokenize import IGNORE, NO_LIMIT, build_rows, encode, encode_prompt, fit_row
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import load_cards

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from emergency_kit.artifacts import verify_folder
-from emergency_kit.data.format import SYSTEM_PROMPT, build_messages, render_prompt
+from emergency_kit.data.format import SYSTEM_PROMPT, build_messages
+from emergency_kit.data.template import render_prompt
 from emergency_kit.errors import ExportError
 from emergency_kit.export import modelfile
 from emergency_kit.export.gguf import export_gguf

@@ -6,7 +6,8 @@ from typing import Mapping
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from emergency_kit.data.format import build_messages, render_prompt, shown_cards
+from emergency_kit.data.format import build_messages, shown_cards
+from emergency_kit.data.template import render_prompt
 from emergency_kit.knowledge.cards import load_cards
 from emergency_kit.knowledge.retrieve import Retriever
 from tests.tiny import save_tiny_model

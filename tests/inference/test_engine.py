@@ -3,7 +3,8 @@ import json
 import pytest
 import torch
 
-from emergency_kit.data.format import build_messages, render_prompt
+from emergency_kit.data.format import build_messages
+from emergency_kit.data.template import render_prompt
 from emergency_kit.errors import ModelError
 from emergency_kit.inference.engine import Engine
 from emergency_kit.model import backend
