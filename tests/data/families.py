@@ -122,5 +122,8 @@ def _bytes() -> dict[str, Any]:
     """The bundled tokenizer's byte-level vocabulary without its special tokens."""
     parts = json.loads(AutoTokenizer.from_pretrained(BUNDLED).backend_tokenizer.to_str())
     special = {token["content"] for token in parts["added_tokens"]}
-    parts["model"]["vocab"] = {token: number for number, token in enumerate(token for token in parts["model"]["vocab"] if token not in special)}
+    kept = [token for token in parts["model"]["vocab"] if token not in special][:4000]  # the first merges; the whole takes half a second a family
+    parts["model"]["vocab"] = {token: number for number, token in enumerate(kept)}
+    merges, tokens = [merge if isinstance(merge, list) else merge.split(" ") for merge in parts["model"]["merges"]], set(kept)
+    parts["model"]["merges"] = [merge for merge in merges if {*merge, "".join(merge)} <= tokens]
     return parts | {"added_tokens": [], "post_processor": None}

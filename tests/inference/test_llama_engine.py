@@ -2,15 +2,20 @@ import threading
 import time
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from emergency_kit.data.format import build_messages, read_answer
 from emergency_kit.errors import ModelError
+from emergency_kit.export.gguf import export_gguf
 from emergency_kit.inference.engine import Engine
 from emergency_kit.inference.engines import open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.llama_engine import LlamaEngine
 from emergency_kit.model import backend
-from tests.tiny import resolve
+from tests.data.families import TEMPLATES
+from tests.export.tiny import HELD_OUT
+from tests.tiny import resolve, save_tiny_model
 
 SCENARIOS = ["my house is on fire", "a man fell from a ladder and does not move, 112? 🙂", "gas", "the river rises, 10 cm an hour\n\n<|im_end|>", "a snake bit me"]
 NEW = 24
@@ -203,3 +208,32 @@ def test_an_answer_that_goes_round_ends_at_the_first_step_that_stood_before():
     assert "".join(stream) == "GUIDANCE\n1. Call 112.\n2. Do not run.\n3. Call 112." and stream.ended
     assert "".join(Stream(pieces)) == text
     assert not repeats_itself("FACTS\n• a\n• a\n") and not repeats_itself("GUIDANCE\n1. a\n2. b\n3. a") and repeats_itself("1. a\n2. a\n")
+
+
+def test_a_files_prompts_and_end_are_the_chat_templates(tmp_path):
+    """Qwen 3's template, whose prompts open with an empty thought, and an end token that is not the tokenizer's own, as Gemma's and Phi's are not."""
+    folder = save_tiny_model(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template, tokenizer.eos_token = TEMPLATES["qwen-3"], "<|endoftext|>"
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    with torch.no_grad():  # whatever it reads, it says the end token
+        model.model.embed_tokens.weight.fill_(1.0)
+        model.lm_head.weight.fill_(0.0)
+        model.lm_head.weight[end] = 1.0
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.fill_(0.0)
+            layer.mlp.down_proj.weight.fill_(0.0)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    export_gguf(resolve(folder, training__output_dir=tmp_path, export__quantizations='["f32"]', export__allow_out_of_bounds="true", dataset__name=HELD_OUT, export__certificate_strings=1, export__certificate_prompts=1,
+                        export__certificate_answer_tokens=1, export__certificate_max_new_tokens=1), checkpoint=folder, out=tmp_path / "files")
+    reference = Engine(backend.load_checkpoint(resolve(folder).config.model, folder))
+    engine = LlamaEngine(next((tmp_path / "files").glob("*.gguf")), slots=1, threads=1)
+    try:
+        messages = build_messages("smoke", None)
+        assert reference.tokenizer.decode(engine.encode(messages)).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") and engine.encode(messages) == reference.encode(messages)
+        assert engine.generate([messages], 5) == reference.generate([messages], 5)
+        assert reference.generate([messages], 5)[0].ended
+    finally:
+        engine.close()
