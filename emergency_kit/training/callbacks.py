@@ -23,6 +23,7 @@ from emergency_kit.artifacts import redact
 from emergency_kit.config import TrainingConfig
 from emergency_kit.training.best import best_evaluation, is_exhausted, validation_history
 from emergency_kit.training.curves import Smoothed
+from emergency_kit.training.gauge import describe_gpu
 
 LOG = logging.getLogger("emergency_kit.training")
 EVENTS = [name for name in dir(TrainerCallback) if name.startswith("on_")]
@@ -141,6 +142,8 @@ class ConsoleCallback(TrainerCallback):
             self.logs = dict(logs)
             self.smoothed.add(float(logs["loss"]))
             self.say(f"Step {state.global_step}/{state.max_steps}, Loss: {float(logs['loss']):.4f}")
+            if gpu := describe_gpu(logs):
+                self.say(gpu)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, metrics: dict[str, float] | None = None, **_: Any) -> None:
         if metrics and "eval_loss" in metrics:

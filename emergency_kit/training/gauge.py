@@ -2,18 +2,21 @@
 
 In: tokens seen so far. Out: `tokens_per_second` since the last reading, `memory_gb` of this process (on a GPU what torch holds there),
 and through NVML (nvidia-ml-py, of the GPU extra) `gpu_utilisation_percent`, `gpu_memory_gb`, `gpu_temperature_celsius` and `gpu_power_watts`.
-Limits: the first GPU that CUDA shows this process; a reading that the driver refuses is left out.
+Limits: the first GPU that CUDA shows this process; a reading that the driver refuses is left out, and without a GPU, the package or its
+driver there is none and nothing is said. Not run on a GPU yet.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
+from typing import Any, Mapping
 
 import torch
 
 from emergency_kit.model.process_memory import resident_bytes
+
+_FORMS = (("gpu_utilisation_percent", "{:.0f} % busy"), ("gpu_memory_gb", "{:.1f} GB"), ("gpu_temperature_celsius", "{:.0f} °C"), ("gpu_power_watts", "{:.0f} W"))
 
 
 class Gauge:
@@ -43,16 +46,27 @@ def _open_card() -> tuple[Any, Any] | None:
     """`(pynvml, handle)` of the GPU that CUDA shows; None where there is none or the package is missing."""
     if not torch.cuda.is_available():
         return None
+    identity = str(getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", ""))
+    return find_card(identity if identity.startswith(("GPU-", "MIG-")) else f"GPU-{identity}")
+
+
+def find_card(identity: str) -> tuple[Any, Any] | None:
+    """`(pynvml, handle)` of the GPU with this UUID; None where the package, the driver's library or the GPU is missing."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
-        identity = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(identity if identity.startswith("GPU-") else f"GPU-{identity}")
-    except (ImportError, AttributeError, OSError):
+        return pynvml, pynvml.nvmlDeviceGetHandleByUUID(identity)
+    except (pynvml.NVMLError, OSError):
         return None
-    except pynvml.NVMLError:
-        return None
+
+
+def describe_gpu(readings: Mapping[str, float]) -> str:
+    """`GPU: 97 % busy, 11.9 GB, 64 °C, 215 W` of whatever was read; empty where nothing of a GPU was."""
+    parts = [form.format(readings[name]) for name, form in _FORMS if name in readings]
+    return f"GPU: {', '.join(parts)}" if parts else ""
 
 
 def _read_card(card: tuple[Any, Any] | None) -> dict[str, float]:
