@@ -161,13 +161,17 @@ def module_activations(shape: Shape, lora: LoraSection, setting: Setting, work: 
     between = tokens * shape.hidden * residual * (shape.layers + 1.0)
     temporary = 3.0 * tokens * shape.intermediate * residual + (2.0 * shape.heads * tokens * work.longest * FLOAT if setting.eager else 0.0)
     temporary += 2.0 * max(inputs * outputs for inputs, outputs in shape.linears.values()) * 2 if setting.four_bit else 0.0
-    # Logits in the compute type, in float32, their log-softmax, and the gradients of both; with f32 the first two are one.
-    logits = work.supervised * shape.vocabulary * (3.0 * FLOAT if setting.compute_bytes == FLOAT else 3.0 * FLOAT + 2 * setting.compute_bytes)
+    logits = logits_bytes(shape, setting, work)
     if setting.recompute:
         # The head's gradient is gone before the first layer is made again, so only the larger of the two counts.
-        made = {"logits": logits} if logits > layer + temporary else {"one layer made again": layer + temporary}
+        made = {"logits": logits} if logits > layer + temporary else {"activations (one layer made again)": layer + temporary}
         return {"activations (layers' inputs)": between} | made
     return {"activations": shape.layers * layer + tokens * shape.hidden * residual, "logits": logits, "working memory": temporary}
+
+
+def logits_bytes(shape: Shape, setting: Setting, work: Workload) -> float:
+    """Logits in the compute type, in float32, their log-softmax, and the gradients of both; with float32 the first two are one."""
+    return work.supervised * shape.vocabulary * (3.0 * FLOAT if setting.compute_bytes == FLOAT else 3.0 * FLOAT + 2 * setting.compute_bytes)
 
 
 def layer_bytes(shape: Shape, lora: LoraSection, setting: Setting, work: Workload) -> float:
