@@ -205,12 +205,12 @@ def table() -> str:
     small = prediction.make(plan.changed(MISTRAL, {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 8}), shape, {}, 12e9)
     large = prediction.make(plan.changed(MISTRAL, {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 2}), shape, {}, 24e9)
     assert not prediction.make(MISTRAL, shape, {}, 12e9).fits and small.fits and made.fits and large.fits
-    columns = [one.phases[memory.peak(one.phases)[0]] for one in (small, made, large)]
+    columns = [one.phases["training"] for one in (small, made, large)]
     lines = ["| GB | 12 GB card, 1 x 8 | 16 GB card, 2 x 4 | 24 GB card, 4 x 2 | the guide |", "|---|---|---|---|---|"]
-    for term in dict.fromkeys([*columns[1], *columns[0], *columns[2]]):
-        cells = [f"{column[term] / 1e9:.2f}" if term in column else "" for column in columns]
-        lines.append(f"| {term} | {' | '.join(cells)} | {'4 to 5' if term == 'base weights' else ''} |")
-    lines.append(f"| **in all** | {' | '.join(f'**{one.peak_bytes / 1e9:.1f}**' for one in (small, made, large))} | 12 to 15 |")
+    for term in sorted(columns[1], key=lambda term: -columns[1][term]):
+        lines.append(f"| {term} | {' | '.join(f'{column[term] / 1e9:.2f}' for column in columns)} | {'4 to 5' if term == 'base weights' else ''} |")
+    for name, phase, guide in (("in all, while training", "training", "12 to 15"), ("while 4 validation rows are measured", "evaluating", "")):
+        lines.append(f"| **{name}** | {' | '.join(f'**{sum(one.phases[phase].values()) / 1e9:.1f}**' for one in (small, made, large))} | {guide} |")
     return "\n".join(lines)
 
 
