@@ -89,7 +89,8 @@ def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload,
         # Stacked gradients as wide as their modules, one copy on their way to the parameters, the stacked A and the weights' adapter columns.
         stacks = shape.layers * sum(ranks(shape, lora)[group] * (_inputs(shape, group) + _outputs(shape, group)) for group in GROUPS)
         learned |= {"adapters' gradients": 2.0 * trained + stacks * FLOAT, "stacked adapters": float(stacks * setting.compute_bytes)}
-        training = {"activations": kept, "working memory": spent}
+        logits = float(fused_logits_bytes(shape, setting, work))
+        training = {"activations": kept, "working memory": spent - logits, "logits": logits}
         evaluating = training  # the same buffers stay
     else:
         training = module_activations(shape, lora, setting, work)
@@ -145,7 +146,7 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
     spent += b * (4 * heads * most if flash else 3 * shape.heads * block * work.longest + 3 * heads * work.longest + 2 * heads * block)
     if setting.four_bit:  # spread out, by group, and the largest module's once more
         spent += b * (sum(_outputs(shape, group) * (_inputs(shape, group) + r[group]) for group in GROUPS) + max(i * o for i, o in shape.linears.values()))
-    spent += min(HEAD_ROWS, work.supervised) * shape.vocabulary * (b if b == FLOAT else b + FLOAT) + 4 * work.supervised * hidden * b
+    spent += fused_logits_bytes(shape, setting, work) + 4 * work.supervised * hidden * b
     spent += 2 * heads * work.longest * b if shared else 0  # a node's keys and values laid beside its ancestors'
     spent += ((most + 1024) * widest + 2 * most * widest) * b if setting.dropout else 0
     return float(kept), float(spent)
@@ -167,6 +168,11 @@ def module_activations(shape: Shape, lora: LoraSection, setting: Setting, work: 
         made = {"logits": logits} if logits > layer + temporary else {"activations (one layer made again)": layer + temporary}
         return {"activations (layers' inputs)": between} | made
     return {"activations": shape.layers * layer + tokens * shape.hidden * residual, "logits": logits, "working memory": temporary}
+
+
+def fused_logits_bytes(shape: Shape, setting: Setting, work: Workload) -> int:
+    """Logits of a few rows at a time, in the compute type and in float32."""
+    return min(HEAD_ROWS, work.supervised) * shape.vocabulary * (FLOAT if setting.compute_bytes == FLOAT else setting.compute_bytes + FLOAT)
 
 
 def logits_bytes(shape: Shape, setting: Setting, work: Workload) -> float:

@@ -35,6 +35,8 @@ ADVICE = {
     "model.max_seq_length": "shorter rows; those over it are an error unless dataset.overlength says otherwise",
     "lora.r": "a smaller rank: adapters, gradients and optimizer shrink alike",
 }
+# A larger pass is proposed only where it leaves this much of the device free, since no formula is that sure.
+SPARE = 0.8
 # --fit does not touch these: another model would come of it.
 NOT_FITTED = ("model.max_seq_length", "lora.r")
 
@@ -203,7 +205,7 @@ def _flags(change: dict[str, Any]) -> str:
 def _larger(made: Plan, rows: dict[str, Any], room: float | None) -> tuple[Plan, dict[str, Any]] | None:
     """What a GPU with memory to spare can be asked for: activations kept instead of made again, else the most rows in a pass; None where neither fits."""
     training = made.resolved.config.training
-    if not made.setting.on_gpu or made.setting.fused or not isinstance(training.per_device_train_batch_size, int):
+    if not made.setting.on_gpu or not isinstance(training.per_device_train_batch_size, int):
         return None
     whole = step_rows(training)
     sizes = [size for size in range(whole, pass_rows(training), -1) if whole % size == 0]
@@ -211,7 +213,7 @@ def _larger(made: Plan, rows: dict[str, Any], room: float | None) -> tuple[Plan,
     tried += [{"training.per_device_train_batch_size": size, "training.gradient_accumulation_steps": whole // size} for size in sizes]
     for change in [tried[0] | other for other in tried[1:]] * (len(tried) > 1 and training.gradient_checkpointing) + tried:
         other = make(changed(made.resolved, change), made.shape, rows, room, made.reason)
-        if other.fits:
+        if other.peak_bytes <= SPARE * other.room_bytes:
             return other, change
     return None
 
