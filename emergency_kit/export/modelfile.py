@@ -76,8 +76,9 @@ def build_template(tokenizer: Any) -> str:
     first, both = apply_template(tokenizer, accepted), apply_template(tokenizer, turns)
     opening = re.fullmatch(f"(.*){_SYSTEM}(.*){_USER}(.*)", first, re.S)
     later = re.fullmatch(f"(.*){_SYSTEM}(.*){_USER}(.*){_ASSISTANT}(.*){_NEXT}(.*)", both, re.S)
-    # Qwen 3 leaves the empty thought, with which it begins every answer, out of earlier turns; Ollama will show it there.
-    if not opening or not later or opening.groups()[:2] != later.groups()[:2] or not opening.group(3).startswith(later.group(3)) or later.group(5) != opening.group(3):
+    # Qwen 3 leaves the empty thought, with which it begins every answer, out of earlier turns; Ollama will show it there. The space before an answer
+    # (Mistral) is written by the model.
+    if not opening or not later or opening.groups()[:2] != later.groups()[:2] or not opening.group(3).startswith(later.group(3).rstrip(" ")) or later.group(5) != opening.group(3):
         raise ExportError("the chat template does more than wrap system prompt, user's text and answer, so that no Modelfile can be written for it; "
                           "serve the GGUF file with llama.cpp, which runs the template itself")
     head, middle, tail = opening.groups()

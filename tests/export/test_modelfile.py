@@ -18,6 +18,7 @@ from emergency_kit.export import modelfile
 from emergency_kit.export.gguf import export_gguf
 from emergency_kit.export.layouts import Layouts, write_layouts
 from emergency_kit.export.modelfile import build_modelfile, build_template, fill_template, parse_modelfile, prove_modelfile
+from tests.data.families import build_tokenizer
 from tests.export import tiny
 
 LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content|trim + '<|eot_id|>' }}{% endfor %}"
@@ -153,3 +154,11 @@ def test_files_that_are_there_are_laid_out_as_they_are(outputs: Path, base: Path
     assert (folder / "ollama/final-q8_0/Modelfile").is_file() and (folder / "lmstudio/ai-emergency-kit/final/final-q8_0.gguf").is_file()
     with pytest.raises(ExportError, match="already there; replace with --overwrite"):
         export_gguf(resolved, out=folder)
+
+
+@pytest.mark.parametrize("family", ["mistral-v0.2", "mistral-v0.2-revised", "mistral-v0.3", "llama-3.2", "qwen-3", "gemma", "phi-3"])
+def test_families_have_their_prompts_and_stop_at_the_end_of_a_turn(family: str, tmp_path: Path) -> None:
+    tokenizer, resolved = build_tokenizer(family), tiny.resolve(tmp_path, tmp_path)
+    text = build_modelfile("m.gguf", tokenizer, None, resolved)
+    prove_modelfile(text, tokenizer, resolved)
+    assert parse_modelfile(text).stops == {"gemma": ["<end_of_turn>", "<eos>"], "phi-3": ["<|end|>", "<|endoftext|>"]}.get(family, [tokenizer.eos_token])
