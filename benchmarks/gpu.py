@@ -52,10 +52,14 @@ class Bench:
             self.failed[name] = f"{type(error).__name__}: {str(error)[-1500:]}"
         print(f"[{name}: {time.monotonic() - started:.0f} s] {json.dumps(self.found.get(name, self.failed.get(name)))[:1500]}", flush=True)
 
+    def left(self) -> float:
+        """Seconds that a command may take."""
+        return max(30.0, self.deadline - time.monotonic())
+
     def cli(self, log: str, stage: str, *settings: str, flags: tuple[str, ...] = (), **environment: str) -> str:
         """One command of the kit; its output, which is kept as a log, too. Raises RuntimeError with the last lines."""
         given = [part for setting in settings for part in ("--set", setting)]
-        done = subprocess.run([*CLI, stage, *flags, *given], capture_output=True, text=True, env={**os.environ, **environment})
+        done = subprocess.run([*CLI, stage, *flags, *given], capture_output=True, text=True, env={**os.environ, **environment}, timeout=self.left())
         (self.folder / f"{log}.log").write_text(done.stdout + done.stderr)
         if done.returncode:
             raise RuntimeError(f"{stage} ended with {done.returncode}: {(done.stdout + done.stderr)[-1200:]}")
@@ -229,7 +233,7 @@ def settings(bench: Bench, out: str, *more: str) -> list[str]:
 def foresee(bench: Bench) -> dict[str, Any]:
     """What `plan` says beforehand and what the run then takes: memory and time."""
     said = subprocess.run([sys.executable, "-m", "benchmarks.plan_accuracy", "--profile", "mistral-7b", "--predict", *settings(bench, "whole")], check=True,
-                          capture_output=True, text=True).stdout
+                          capture_output=True, text=True, timeout=bench.left()).stdout
     (bench.folder / "plan.log").write_text(said)
     bench.cli("whole", "train", *settings(bench, "whole"), flags=("--profile", "mistral-7b", "--overwrite"))
     state = json.loads((bench.folder / "whole/checkpoints/final/training_state.json").read_text())

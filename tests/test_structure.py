@@ -46,18 +46,25 @@ def test_unsloth_is_imported_in_one_file() -> None:
     assert [str(path) for path in holders] == ["emergency_kit/model/unsloth_backend.py"]
 
 
+def processor_seconds(*arguments: str) -> tuple[float, str]:
+    """`(time of the processor, output)` of a Python process: on an idle machine the wall's, here other tests run beside it."""
+    started = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=True)
+    ended = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime, done.stdout
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_is_quick_and_imports_no_torch(script: Path) -> None:
     assert len(script.read_text().splitlines()) <= 6
-    seconds = []
-    for _ in range(5):
-        # Time of the processor, which is the wall's on an idle machine: other tests run beside this one.
-        started = resource.getrusage(resource.RUSAGE_CHILDREN)
-        done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True)
-        ended = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(ended.ru_utime + ended.ru_stime - started.ru_utime - started.ru_stime)
-        assert done.returncode == 0 and "Usage" in done.stdout
-    assert min(seconds) < 0.3, seconds
+    seconds, libraries = [], []
+    # A slow or crowded machine is measured by what the libraries that print the help take to import on it, in turns.
+    while len(seconds) < 5 and not (seconds and min(seconds) < 0.3):
+        taken, text = processor_seconds(str(script), "--help")
+        seconds.append(taken)
+        libraries.append(processor_seconds("-c", "import typer.main, typer.rich_utils, pydantic, yaml")[0])
+        assert "Usage" in text
+    assert min(seconds) < max(0.3, 1.4 * min(libraries)), (seconds, libraries)
     probe = f"import sys, runpy; sys.argv = ['x', '--help']\ntry: runpy.run_path({str(script)!r}, run_name='__main__')\nexcept SystemExit: pass\n" \
             "assert not {'torch', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", probe], capture_output=True).returncode == 0
