@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator
 
 from emergency_kit.errors import ExportError, ModelError
+from emergency_kit.model import hub
 
 if TYPE_CHECKING:
     import numpy
@@ -161,8 +162,10 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason: Any = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"model {name}: cannot be had from the Hub ({reason}); check model.name, the folder or the network") from None
+    with hub.cache_where_unreachable(True):
+        try:
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=["*.safetensors", "*.json"]))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            raise ModelError(hub.explain(error, f"model {name}", name, revision)) from None
+    hub.require_whole(folder)
+    return folder

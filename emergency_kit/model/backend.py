@@ -1,22 +1,24 @@
 """Backend: one way in to a base model, an adapter or a merged folder, whichever library loads it.
 
-In: the `model` and `lora` sections of the config, or a folder. Out: `Loaded`, a model in evaluation mode with
-its tokenizer. `hf_backend` uses transformers, PEFT and bitsandbytes; `unsloth_backend` is the only
-file that imports Unsloth. What was picked, and why, is in `Loaded.notes` and printed by the caller.
+In: the `model` and `lora` sections of the config, or a folder. Out: `Loaded`, a model with its tokenizer. Two modules keep the
+protocol `Backend`: `hf_backend` (transformers, PEFT and bitsandbytes) and `unsloth_backend`, the only file that imports Unsloth.
+`choose` picks one before either is imported; what was picked, and why, is in `Loaded.notes` and printed by the caller.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
+import resource
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from emergency_kit.artifacts import hash_parent, load_manifest, save_json
 from emergency_kit.config import LoraSection, ModelSection
 from emergency_kit.errors import ModelError
-from emergency_kit.model import bundled
+from emergency_kit.model import bundled, hub, process_memory
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +30,7 @@ MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
 @dataclass
 class Loaded:
     """A model ready for use. kind: `base`, `adapter`, `merged` or `full`; base: name or folder of the base model; first: the first values of
-    adapters that do not begin at zero (see adapters.py)."""
+    adapters that do not begin at zero (see adapters.py); owns_loss: as the backend's."""
 
     model: Any
     tokenizer: Any
@@ -36,6 +38,33 @@ class Loaded:
     base: str
     notes: list[str] = field(default_factory=list)
     first: "dict[str, torch.Tensor] | None" = None
+    owns_loss: bool = False
+
+
+class Backend(Protocol):
+    """What training asks of a library that loads models.
+
+    owns_loss: its own forward pass computes the loss where labels are given, as their sum divided by `num_items_in_batch`, and must stay as it is;
+    else training installs its own (training/loss.py). Saving and memory are the same for all: `save_trained`, and `memory_bytes` below.
+    """
+
+    owns_loss: bool
+
+    def load(self, model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False) -> Loaded:
+        """The frozen base model, quantised where the config says so, in training mode; `full`: float32, every weight trained."""
+
+    def attach(self, loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int,
+               first: "dict[str, torch.Tensor] | None" = None) -> None:
+        """Put float32 adapters on it: `loaded.model` is then PEFT's, with nothing else trained. first: see adapters.py."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A backend's name, `hf` or `unsloth`, its device, `cpu` or `cuda`, and why it was chosen."""
+
+    name: str
+    device: str
+    reason: str
 
 
 def base_name(model: ModelSection) -> str:
@@ -76,20 +105,48 @@ def pick_attention(model: ModelSection, device: str) -> str:
         return model.attn_implementation
     if device == "cpu":
         return "eager"
-    return "flash_attention_2" if importlib.util.find_spec("flash_attn") else "sdpa"
+    import torch
+
+    # The package's kernels begin with Ampere.
+    return "flash_attention_2" if importlib.util.find_spec("flash_attn") and torch.cuda.get_device_capability() >= (8, 0) else "sdpa"
 
 
-def pick_backend(model: ModelSection, device: str, needs: str = "") -> tuple[str, str]:
-    """`(backend, reason)`; raises ModelError when Unsloth is named but cannot be used. needs: what Unsloth is not asked for."""
-    installed = importlib.util.find_spec("unsloth") is not None
-    if model.backend == "unsloth" and (needs or not (installed and device == "cuda")):
-        missing = "a CUDA GPU" if installed else "the package unsloth (pip install '.[gpu]')"
-        raise ModelError(f"model.backend is unsloth, which {f'is not for {needs}' if needs else f'needs {missing}'}; next: --set model.backend=hf")
-    if model.backend == "auto" and device == "cuda" and model.load_in_4bit:
-        if needs:
-            return "hf", f"unsloth is not for {needs}"
-        return ("unsloth", "installed, with a CUDA GPU") if installed else ("hf", "unsloth is not installed")
-    return model.backend if model.backend != "auto" else "hf", "by config" if model.backend != "auto" else f"device is {device}"
+def choose(model: ModelSection, needs: str = "") -> Choice:
+    """The backend for training, imported where it is Unsloth: it patches transformers and PEFT, so call this before they are imported.
+
+    needs: what Unsloth is not asked for, in words. Raises ModelError where Unsloth or the GPU is named but cannot be used, or the package
+    that 4-bit needs is missing.
+    """
+    device = pick_device(model)
+    missing = "" if importlib.util.find_spec("unsloth") else "the package unsloth (pip install '.[gpu]')"
+    if model.backend == "unsloth":
+        problem = f"is not for {needs}" if needs else f"needs {missing or 'a CUDA GPU'}" if missing or device == "cpu" else ""
+        if problem:
+            raise ModelError(f"model.backend is unsloth, which {problem}; next: --set model.backend=hf")
+        choice = Choice("unsloth", device, "by config")
+    elif model.backend == "hf":
+        choice = Choice("hf", device, "by config")
+    elif device == "cpu" or not model.load_in_4bit:
+        choice = Choice("hf", device, "device is cpu" if device == "cpu" else "no 4-bit weights")
+    elif needs or missing:
+        choice = Choice("hf", device, f"unsloth is not for {needs}" if needs else f"without {missing}")
+    else:
+        choice = Choice("unsloth", device, "installed, with a CUDA GPU")
+    if model.load_in_4bit and importlib.util.find_spec("bitsandbytes") is None:
+        raise ModelError("model.load_in_4bit needs the package bitsandbytes; next: pip install '.[gpu]', or --set model.load_in_4bit=false")
+    if choice.name == "unsloth":
+        _import_backend("unsloth")
+    return choice
+
+
+def _import_backend(name: str) -> Backend:
+    try:
+        return importlib.import_module(f"emergency_kit.model.{name}_backend")  # type: ignore[return-value]
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:  # Unsloth looks at the GPU and at many packages while it is imported
+        if name != "unsloth":
+            raise
+        raise ModelError(f"model.backend unsloth: it is installed but cannot be imported ({hub.first_line(error)}); next: --set model.backend=hf, "
+                         "or install the tested versions anew (docs/Training.md, GPU)") from None
 
 
 def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, full: bool = False, needs: str = "",
@@ -98,29 +155,53 @@ def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpoin
 
     needs: a reason to pass Unsloth by. first: the adapters' first values where a run with `lora.init` is gone on with.
     """
-    device = pick_device(model)
-    needs = needs or _beyond_plain(lora, full)
-    backend, reason = pick_backend(model, device, needs)
+    choice = choose(model, needs or beyond_unsloth(model, lora, full))
     require_base(model)
     if lora.adapter and check_checkpoint(Path(lora.adapter), model) != "adapter":
         raise ModelError(f"lora.adapter {lora.adapter}: a full model, not an adapter; name it as model.name instead")
-    if backend == "unsloth":
-        from emergency_kit.model import unsloth_backend
-
-        loaded = unsloth_backend.load_for_training(model, lora, device, gradient_checkpointing, seed)
-    else:
-        from emergency_kit.model import hf_backend
-
-        loaded = hf_backend.load_for_training(model, lora, device, gradient_checkpointing, seed, full, first)
-    loaded.notes.insert(0, f"backend {backend} ({reason}) on {device}; compute type: {explain_dtype(model, device)[1]}")
+    backend = _import_backend(choice.name)
+    loaded = backend.load(model, choice.device, gradient_checkpointing, full)
+    if not full:
+        backend.attach(loaded, model, lora, gradient_checkpointing, seed, first)
+    loaded.owns_loss = backend.owns_loss
+    loaded.notes.insert(0, f"backend {choice.name} ({choice.reason}) on {choice.device}; compute type: {explain_dtype(model, choice.device)[1]}")
     return loaded
 
 
-def _beyond_plain(lora: LoraSection, full: bool) -> str:
-    """What is asked beyond plain LoRA, in words for the console; empty where nothing is."""
-    wanted = {"full fine-tuning": full, "DoRA": lora.use_dora, f"lora.init {lora.init}": lora.init != "default", "lora.adapter": lora.adapter,
-              "lora.modules_to_save": lora.modules_to_save, "all-linear": lora.target_modules == "all-linear"}
+def beyond_unsloth(model: ModelSection, lora: LoraSection, full: bool) -> str:
+    """What is asked of a model that Unsloth is not used for, in words for the console; empty where nothing is."""
+    wanted = {"full fine-tuning": full, "model.dtype float32": model.dtype == "float32", "DoRA": lora.use_dora, f"lora.init {lora.init}": lora.init != "default",
+              "lora.adapter": lora.adapter, "lora.modules_to_save": lora.modules_to_save, "all-linear": lora.target_modules == "all-linear"}
     return next((name for name, there in wanted.items() if there), "")
+
+
+def save_trained(loaded_model: Any, tokenizer: Any, folder: Path, first: "dict[str, torch.Tensor] | None" = None) -> None:
+    """Save adapters, or all weights where all are trained, with the base model's config and the tokenizer. first: as `Loaded.first`."""
+    loaded_model.save_pretrained(folder)
+    if first is not None:
+        from emergency_kit.model import adapters
+
+        adapters.save_difference(loaded_model, first, folder)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    loaded_model.config.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+
+
+def memory_bytes() -> int:
+    """What this process holds now: where there is a GPU, in torch's allocator, else resident."""
+    import torch
+
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else process_memory.resident_bytes() or 0
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process held: where there is a GPU, of video memory, else resident."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def load_base(model: ModelSection, dtype: "torch.dtype | None" = None) -> Loaded:

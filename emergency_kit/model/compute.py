@@ -51,6 +51,6 @@ def pick_cpu_dtype() -> tuple[torch.dtype, str]:
 
 def pick_gpu_dtype() -> tuple[torch.dtype, str]:
     """`(dtype, reason)` on the CUDA GPU of this process."""
-    if torch.cuda.is_bf16_supported():
+    if torch.cuda.is_bf16_supported(including_emulation=False):  # older cards emulate it, slower than float32
         return torch.bfloat16, "GPU with bf16"
     return torch.float16, "GPU without bf16"

@@ -6,7 +6,6 @@ adapters lose small updates). Not run here: NF4 on a GPU, see docs/Training.md.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +18,18 @@ from transformers.utils import logging
 
 from emergency_kit.config import LoraSection, ModelSection
 from emergency_kit.errors import ModelError
-from emergency_kit.model import adapters
+from emergency_kit.model import adapters, hub
 from emergency_kit.model.backend import Loaded, base_name, pick_attention, pick_device, pick_dtype
 
 
-def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradient_checkpointing: bool, seed: int, full: bool = False,
-                      first: "adapters.First | None" = None) -> Loaded:
-    """Base model plus LoRA adapters, adapters in float32; or, `full`, the base model in float32 with every weight trained.
+owns_loss = False
 
-    first: the adapters' first values where a run with `lora.init` is gone on with.
-    """
+
+def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False) -> Loaded:
+    """See `Backend.load`. In 4-bit: NF4 with double quantisation; embedding, head and norms stay in the compute type."""
     dtype = pick_dtype(model, device)
     options: dict[str, Any] = {}
     if model.load_in_4bit:
-        if importlib.util.find_spec("bitsandbytes") is None:
-            raise ModelError("model.load_in_4bit needs the package bitsandbytes; next: pip install '.[gpu]', or --set model.load_in_4bit=false")
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                                                             bnb_4bit_compute_dtype=dtype)
     loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", **options)
@@ -42,30 +38,34 @@ def load_for_training(model: ModelSection, lora: LoraSection, device: str, gradi
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
         base.enable_input_require_grads()
+    base.train()
+    loaded.notes.append(f"every weight trained, in torch.float32, compute {dtype}" if full else f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}")
+    return loaded
+
+
+def attach(loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, first: "adapters.First | None" = None) -> None:
+    """See `Backend.attach`."""
     torch.manual_seed(seed)
-    if full:
-        loaded.model.train()
-        loaded.notes.append(f"every weight trained, in torch.float32, compute {dtype}")
-        return loaded
     if lora.adapter:
-        loaded.model, notes = adapters.continue_adapters(base, Path(lora.adapter), lora)
+        loaded.model, notes = adapters.continue_adapters(loaded.model, Path(lora.adapter), lora)
         loaded.notes += notes
     else:
         weights = Path(base_name(model))
         if lora.init == "loftq" and not weights.is_dir():
-            weights = Path(snapshot_download(base_name(model), revision=model.revision, allow_patterns=["*.safetensors"]))
-        loaded.model, loaded.first = adapters.add_adapters(base, lora, weights, first)
-    for module in loaded.model.modules():
+            with hub.cache_where_unreachable(True):
+                weights = Path(snapshot_download(base_name(model), revision=model.revision, allow_patterns=["*.safetensors"]))
+        loaded.model, loaded.first = adapters.add_adapters(loaded.model, lora, weights, first)
+    if pick_dtype(model, loaded.model.device.type) != torch.float32:
         # Autocast brings both operands to the compute type; PEFT's own cast of the input to float32 would be in vain.
-        if hasattr(module, "cast_input_dtype_enabled") and dtype != torch.float32:
-            module.cast_input_dtype_enabled = False
+        for module in loaded.model.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
     for parameter in loaded.model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     loaded.model.train()
     kind = ", ".join(name for name, there in (("rsLoRA", lora.use_rslora), ("DoRA", lora.use_dora), (lora.init, lora.init != "default")) if there and not lora.adapter)
-    loaded.notes.append(f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}, adapters torch.float32{f', {kind}' if kind else ''}")
-    return loaded
+    loaded.notes.append(f"adapters torch.float32{f', {kind}' if kind else ''}")
 
 
 # A larger model's float32 copy does not fit the machines that need the speed.
@@ -84,7 +84,7 @@ def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtyp
     try:
         loaded.model = PeftModel.from_pretrained(loaded.model, str(folder), autocast_adapter_dtype=False).eval()
     except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"checkpoint {folder}: the adapter cannot be loaded on {base} ({_first_line(error)}); "
+        raise ModelError(f"checkpoint {folder}: the adapter cannot be loaded on {base} ({hub.first_line(error)}); "
                          "use another checkpoint or train again") from None
     if fold:
         loaded.model = loaded.model.merge_and_unload().to(dtype or pick_dtype(model, pick_device(model)))
@@ -100,22 +100,24 @@ def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: 
     attention = pick_attention(model, device)
     revision = None if Path(name).is_dir() else model.revision
     logging.disable_progress_bar()
-    try:
-        loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, revision=revision,
-                                                      device_map={"": device} if device == "cuda" else None, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
-        raise ModelError(f"model {name}: cannot be loaded ({_first_line(error)}); check model.name, the folder or the network") from None
-    finally:
-        logging.enable_progress_bar()
+    with hub.cache_where_unreachable(not Path(name).is_dir()):
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, revision=revision,
+                                                          device_map={"": device} if device == "cuda" else None, **options)
+        except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
+            raise ModelError(hub.explain(error, f"model {name}", name, revision)) from None
+        finally:
+            logging.enable_progress_bar()
     return Loaded(loaded.eval(), load_tokenizer(tokenizer or name, None if tokenizer else revision), kind, name, [f"attention {attention}"])
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
     """A tokenizer with a chat template, an end token and a padding token."""
-    try:
-        tokens = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise ModelError(f"tokenizer of {name}: cannot be loaded ({_first_line(error)}); check model.name, the folder or the network") from None
+    with hub.cache_where_unreachable(not Path(name).is_dir()):
+        try:
+            tokens = AutoTokenizer.from_pretrained(name, revision=revision)
+        except (OSError, ValueError, RuntimeError, ImportError) as error:
+            raise ModelError(hub.explain(error, f"tokenizer of {name}", name, revision)) from None
     if tokens.chat_template is None:
         raise ModelError(f"tokenizer of {name}: no chat template; choose an instruct model")
     if tokens.eos_token_id is None:
@@ -123,7 +125,3 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     if tokens.pad_token_id is None:
         tokens.pad_token = tokens.unk_token or tokens.eos_token
     return tokens
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -15,7 +15,7 @@ from typing import Any
 
 from emergency_kit.config import ModelSection
 from emergency_kit.errors import ModelError
-from emergency_kit.model import bundled
+from emergency_kit.model import bundled, hub
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # config.json of models that a plan is made for where the Hub cannot be reached; from the models' own pages.
@@ -77,7 +77,7 @@ def load_shape(model: ModelSection) -> Shape:
 
 def _of_hub(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
     if isinstance(cached, str):
@@ -85,11 +85,11 @@ def _of_hub(name: str, revision: str | None) -> tuple[dict[str, Any], str]:
     known = KNOWN.get(name.rpartition("/")[2].lower())
     if known:
         return known, f"{name} (known shape)"
-    try:
-        return _json(Path(hf_hub_download(name, "config.json", revision=revision))), name
-    except (OSError, ValueError, EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        raise ModelError(f"model {name}: its config.json cannot be had ({str(error).splitlines()[0][:120]}); name a folder that holds the model, or one of "
-                         f"{', '.join(KNOWN)}") from None
+    with hub.cache_where_unreachable(True):
+        try:
+            return _json(Path(hf_hub_download(name, "config.json", revision=revision))), name
+        except (OSError, ValueError, EntryNotFoundError) as error:
+            raise ModelError(hub.explain(error, f"config.json of {name}", name, revision, otherwise=f"or one of {', '.join(KNOWN)}")) from None
 
 
 def _read(config: dict[str, Any], source: str, file_bytes: int, type_bytes: int) -> Shape:

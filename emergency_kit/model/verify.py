@@ -69,9 +69,9 @@ def _hardware(resolved: Resolved) -> str:
 
 def _device(resolved: Resolved) -> str:
     model = resolved.config.model
-    device = backend.pick_device(model)
-    name, reason = backend.pick_backend(model, device)
-    return f"{device}, backend {name} ({reason}), compute {str(backend.pick_dtype(model, device)).removeprefix('torch.')}, " \
+    choice = backend.choose(model)
+    device = choice.device
+    return f"{device}, backend {choice.name} ({choice.reason}), compute {str(backend.pick_dtype(model, device)).removeprefix('torch.')}, " \
            f"attention {backend.pick_attention(model, device)}"
 
 

@@ -24,7 +24,7 @@ from emergency_kit.artifacts import save_json, save_manifest, verify_folder
 from emergency_kit.config import Resolved
 from emergency_kit.errors import Interrupted, ModelError, TrainingError
 from emergency_kit.files import folder_bytes, free_bytes, staged_folder
-from emergency_kit.model.backend import base_name, save_tokenizer
+from emergency_kit.model.backend import base_name, save_trained
 from emergency_kit.training.best import best_evaluation, validation_history
 
 if TYPE_CHECKING:
@@ -139,14 +139,7 @@ def writing(trainer: "KitTrainer", folder: Path, summary: dict[str, Any] | None 
     facts = trainer.facts
     with staged_folder(folder) as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        model.save_pretrained(temporary)
-        if facts.first is not None:
-            from emergency_kit.model import adapters
-
-            adapters.save_difference(model, facts.first, temporary)
-        (temporary / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
-        model.config.save_pretrained(temporary)
-        save_tokenizer(facts.tokenizer, temporary)
+        save_trained(model, facts.tokenizer, temporary, facts.first)
         save_json(temporary / "training_state.json", training_state(trainer, summary))
         yield temporary
         save_manifest(temporary, "train", facts.resolved, dataset_hash=facts.dataset_hash,

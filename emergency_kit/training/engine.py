@@ -1,7 +1,8 @@
 """What a step is computed with: the engine, its compute type, and the Trainer's arguments that go with them.
 
 In: a loaded model and the config. Out: the model with its loss installed, the `FusedStep` where it can be had, and
-`TrainingArguments`. Limits: `fused` is not for float16; `auto` then takes `modules` and says so.
+`TrainingArguments`. Limits: `fused` is not for float16; `auto` then takes `modules` and says so. A backend that owns its loss
+(Unsloth) keeps its forward pass as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
     from emergency_kit.training import end_to_end, loss, preference
     from emergency_kit.training.fused.step import FusedStep
 
-    causal_lm, reason = causal_lm_of(loaded.model), _not_fused(loaded.model, training)
+    causal_lm, reason = causal_lm_of(loaded.model), "a backend with a loss of its own" if loaded.owns_loss else _not_fused(loaded.model, training)
     if training.engine == "fused" and reason:
         raise TrainingError(f"training.engine is fused, which does not take {reason}; next: --set training.engine=auto")
     fused = None
@@ -41,6 +42,8 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
     else:
         fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, training.gradient_checkpointing, training.neftune_noise_alpha, row_tokens)
         loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}")
+    if loaded.owns_loss:
+        return None
     modules_on_gpu = fused is None and causal_lm.device.type == "cuda"
     if modules_on_gpu and has_liger():
         loaded.notes.append("Liger kernels")
@@ -52,6 +55,14 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
         loaded.notes.append("rows end to end, without padding")
     loss.install(causal_lm, fused, training.neftune_noise_alpha, unpadded, training.label_smoothing_factor)
     return fused
+
+
+def beyond_plain_loss(training: TrainingConfig) -> str:
+    """What a run asks of the model's forward pass beyond its loss, in words: a backend that owns its loss is not used for these. Empty where nothing is."""
+    wanted = {"training.method dpo": training.method == "dpo", "training.neftune_noise_alpha": training.neftune_noise_alpha,
+              "training.label_smoothing_factor": training.label_smoothing_factor, "training.engine fused": training.engine == "fused",
+              f"training.metric_for_best_model {training.metric_for_best_model}, whose answers are generated in training": training.metric_for_best_model != "loss"}
+    return next((name for name, there in wanted.items() if there), "")
 
 
 def causal_lm_of(model: Any) -> Any:
@@ -86,9 +97,9 @@ def compute_type(model: ModelSection) -> "torch.dtype":
     return pick_dtype(model, pick_device(model))
 
 
-def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fused: bool, steps: int, pass_rows: int) -> "TrainingArguments":
+def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fused: bool, steps: int, pass_rows: int, owns_loss: bool = False) -> "TrainingArguments":
     """The Trainer's arguments. folder: of the checkpoints; model: the config's, its compute type perhaps pinned by a resume; steps: of the run;
-    pass_rows: rows of a pass. Raises TrainingError for settings that transformers does not take together."""
+    pass_rows: rows of a pass; owns_loss: as the backend's, whose kernels are its own, too. Raises TrainingError for settings that transformers does not take together."""
     import torch
     from transformers import TrainingArguments
 
@@ -110,7 +121,7 @@ def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fu
             bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device == "cpu", report_to=list(training.report_to) or "none",
             run_name=training.model_name, project=PROJECT, remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=device == "cuda",
             # Norms, rotation and SwiGLU; the loss is ours, with logits only where there is a label.
-            use_liger_kernel=not fused and device == "cuda" and has_liger(),
+            use_liger_kernel=not fused and not owns_loss and device == "cuda" and has_liger(),
             liger_kernel_config={"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False},
             # Checkpointing is switched on by the backend, on the model itself.
             gradient_checkpointing=False)

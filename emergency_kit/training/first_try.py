@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.model.backend import memory_bytes
 from emergency_kit.training.callbacks import LOG
-from emergency_kit.training.gauge import memory_bytes
 
 if TYPE_CHECKING:
     from emergency_kit.training.trainer import KitTrainer

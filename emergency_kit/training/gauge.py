@@ -14,7 +14,7 @@ from typing import Any, Mapping
 
 import torch
 
-from emergency_kit.model.process_memory import resident_bytes
+from emergency_kit.model.backend import memory_bytes
 
 _FORMS = (("gpu_utilisation_percent", "{:.0f} % busy"), ("gpu_memory_gb", "{:.1f} GB"), ("gpu_temperature_celsius", "{:.0f} °C"), ("gpu_power_watts", "{:.0f} W"))
 
@@ -33,13 +33,6 @@ class Gauge:
         self.last = {"tokens_per_second": round((tokens - self.tokens) / max(1e-9, now - self.at), 1), "memory_gb": round(memory_bytes() / 1e9, 3)} | _read_card(self.card)
         self.tokens, self.at = tokens, now
         return self.last
-
-
-def memory_bytes() -> int:
-    """What this process holds now: on a GPU in torch's allocator, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.memory_reserved()
-    return resident_bytes() or 0
 
 
 def _open_card() -> tuple[Any, Any] | None:

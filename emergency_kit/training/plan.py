@@ -12,16 +12,15 @@ import contextlib
 import dataclasses
 import os
 import re
-import socket
-import urllib.parse
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 from rich.console import Console
 
 from emergency_kit.config import Resolved, find_cuda
 from emergency_kit.errors import DataError, ModelError, UsageError
 from emergency_kit.files import free_bytes
+from emergency_kit.model.hub import cache_where_unreachable
 from emergency_kit.model.shape import load_shape
 from emergency_kit.training import memory
 from emergency_kit.training.prediction import USABLE, Plan, fetched_bytes, make, predict_seconds
@@ -62,7 +61,7 @@ def plan(resolved: Resolved, gpu: str | None = None, fit: bool = False, timed: b
         raise UsageError("model.device is cuda, and there is no CUDA GPU here; next: emergency-kit plan --gpu 16GB for a card of that size, or --profile embedded")
     room = parse_gpu(gpu) if gpu else None
     reason = ""
-    with _cache_alone_without_hub(resolved):
+    with cache_where_unreachable(_asks_hub(resolved)):
         shape = load_shape(resolved.config.model)
         if rows is None:
             rows, reason = _read_rows(resolved, hub_may_fail=gpu is not None)
@@ -80,24 +79,9 @@ def plan(resolved: Resolved, gpu: str | None = None, fit: bool = False, timed: b
     return made
 
 
-@contextlib.contextmanager
-def _cache_alone_without_hub(resolved: Resolved) -> Iterator[None]:
-    """Where the Hub is needed and out of reach, its client takes what it has, instead of a minute of tries."""
+def _asks_hub(resolved: Resolved) -> bool:
     model, dataset = resolved.config.model, resolved.config.dataset
-    here = (model.name == "bundled" or Path(model.name).is_dir()) and (dataset.name == "embedded" or Path(dataset.name).exists())
-    from huggingface_hub import constants
-
-    was = constants.HF_HUB_OFFLINE
-    if not here and not was:
-        address = urllib.parse.urlsplit(os.environ.get("HF_ENDPOINT") or constants.ENDPOINT)
-        try:
-            socket.create_connection((address.hostname or "", address.port or (80 if address.scheme == "http" else 443)), timeout=3).close()
-        except OSError:
-            constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = was
+    return not ((model.name == "bundled" or Path(model.name).is_dir()) and (dataset.name == "embedded" or Path(dataset.name).exists()))
 
 
 def _read_rows(resolved: Resolved, hub_may_fail: bool) -> tuple[dict[str, Any], str]:

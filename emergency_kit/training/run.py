@@ -13,8 +13,6 @@ import importlib
 import importlib.util
 import math
 import os
-import resource
-import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -28,10 +26,10 @@ from emergency_kit.config import Resolved
 from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable, folder_bytes, remove_leftovers
-from emergency_kit.model.backend import base_name, load_tokenizer, pick_device, require_base
+from emergency_kit.model.backend import base_name, beyond_unsloth, choose, load_tokenizer, peak_memory_bytes, pick_device, require_base
 from emergency_kit.training import checkpoint, lock, resume
 from emergency_kit.training.best import best_evaluation, validation_history
-from emergency_kit.training.engine import PROJECT, causal_lm_of
+from emergency_kit.training.engine import PROJECT, beyond_plain_loss, causal_lm_of
 from emergency_kit.training.plan import plan as say_plan
 from emergency_kit.training.schedule import check_schedule, step_rows
 from emergency_kit.training.stopping import Stop, StopRequested
@@ -52,8 +50,11 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     the way, in use or not writable, DataError, ModelError, TrainingError, and Interrupted after a stop that saved a checkpoint.
     """
     console = Console(highlight=False, soft_wrap=True, markup=False)
-    console.print(f"Device: {pick_device(resolved.config.model)}; base model: {base_name(resolved.config.model)}")
-    require_base(resolved.config.model)
+    config = resolved.config
+    # Before anything imports transformers, which Unsloth patches.
+    choice = choose(config.model, beyond_plain_loss(config.training) or beyond_unsloth(config.model, config.lora, config.training.finetuning_type == "full"))
+    console.print(f"Device: {choice.device}; backend: {choice.name} ({choice.reason}); base model: {base_name(config.model)}")
+    require_base(config.model)
     require_trackers(list(resolved.config.training.report_to))
     output = Path(resolved.config.training.output_dir)
     if dry_run:
@@ -188,7 +189,7 @@ def _train(run: _Run, stop: Stop) -> Path:
         model = model.model_copy(update={"dtype": state["compute_type"]})
     resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
     loaded = load_for_training(model, config.lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full",
-                               needs="training.method dpo" if training.method == "dpo" else "", first=resumed_first)
+                               needs=engine.beyond_plain_loss(training), first=resumed_first)
     pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
     # `auto` tries the longest rows there are, so that these are what a pass is measured in.
     row_tokens = int(rows["train"].lengths.max()) if training.per_device_train_batch_size == "auto" and training.method == "sft" else model.max_seq_length
@@ -217,7 +218,8 @@ def _train(run: _Run, stop: Stop) -> Path:
     dataset = PairDataset if training.method == "dpo" else RowDataset
     try:
         trainer = KitTrainer(
-            model=loaded.model, args=engine.training_arguments(run.resolved, run.final.parent, model, fused is not None, run.plan["steps"], pass_rows),
+            model=loaded.model, args=engine.training_arguments(run.resolved, run.final.parent, model, fused is not None, run.plan["steps"], pass_rows,
+                                                                         loaded.owns_loss),
             train_dataset=dataset(rows["train"]), eval_dataset=dataset(rows["validation"]), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused,
             stop=stop, resumed=state, score=score, rising_from=run.rising_from, before_training=lambda trainer: load and try_longest(trainer, load),
             callbacks=[screen, health, curves])
@@ -313,17 +315,6 @@ def _take_best(trainer: Any, folder: Path) -> int:
     callbacks.LOG.info("The finished model has the weights of step %d, of the best %s (%.4f)", entry["step"], training.metric_for_best_model,
                        entry[training.metric_for_best_model])
     return entry["step"]
-
-
-def peak_memory_bytes() -> int:
-    """Most memory this process held: video memory on a GPU, else resident memory."""
-    with contextlib.suppress(ImportError):
-        import torch
-
-        if torch.cuda.is_available():
-            return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def is_trained_as(resolved: Resolved, folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """A small server that speaks as much of the Hub's API as its own client needs to make a repository, commit to it and read it back.
 
-Regular files come inside the commit, large ones by the LFS protocol (batch, PUT, verify). Tokens are `hf_write` and `hf_read`.
+Regular files come inside the commit, large ones by the LFS protocol (batch, PUT, verify). Tokens are `hf_write` and `hf_read`; a closed
+repository is read with `hf_write` alone.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class HubServer:
-    """Use as a context manager. repos: name to {"private", "files": path to bytes, "messages"}; objects: LFS objects by sha256."""
+    """Use as a context manager. repos: name to {"private", "files": path to bytes, "messages"}; objects: LFS objects by sha256; closed: names of
+    repositories to `private` or `gated`."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, Any]] = {}
         self.objects: dict[str, bytes] = {}
+        self.closed: dict[str, str] = {}
         self.requests: list[str] = []
         self.fail_commits = False
         hub = self
@@ -67,6 +70,8 @@ class HubServer:
             self.objects[parts[1]] = body
             return 200, {}, {}
         token = authorization.removeprefix("Bearer ").removeprefix("Basic ")
+        if token and token not in ("hf_write", "hf_read"):
+            return 401, {"error": "Invalid credentials in Authorization header"}, {"X-Error-Message": "Invalid credentials in Authorization header"}
         if method != "GET" and method != "HEAD" and token not in ("hf_write",):
             return (403, {"error": "write access is missing"}, {"X-Error-Message": "write access is missing"}) if token == "hf_read" else (401, {"error": "Invalid token"}, {})
         if path == "/api/repos/create":
@@ -76,6 +81,9 @@ class HubServer:
                 return 409, {"error": "You already created this model repo", "url": f"{self.address}/{name}"}, {}
             self.repos[name] = {"private": bool(asked.get("private") or asked.get("visibility") == "private"), "files": {}, "messages": []}
             return 200, {"url": f"{self.address}/{name}", "name": name, "id": name}, {}
+        if path == "/api/whoami-v2":
+            return (200, {"type": "user", "name": "me", "auth": {"type": "access_token", "accessToken": {"role": token.removeprefix("hf_")}}}, {}) if token else \
+                (401, {"error": "Invalid username or password."}, {})
         if path == "/api/validate-yaml":
             return 200, {"errors": [], "warnings": []}, {}
         if path.endswith(".git/info/lfs/objects/batch"):
@@ -86,6 +94,14 @@ class HubServer:
         if name not in self.repos:
             return 404, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
         repo = self.repos[name]
+        if self.closed.get(name) == "private" and token != "hf_write":
+            return 404 if token else 401, {"error": "Repository not found"}, {"X-Error-Code": "RepoNotFound"}
+        if self.closed.get(name) == "gated" and token != "hf_write" and parts[2:3] == ["resolve"] or parts[4:5] == ["auth-check"] and name in self.closed and token != "hf_write":
+            return 403 if token else 401, {"error": "Access to model is restricted"}, {"X-Error-Code": "GatedRepo"}
+        if parts[4:5] == ["auth-check"]:
+            return 200, {}, {}
+        if parts[4:5] == ["revision"] and parts[5] not in ("main", COMMIT) or parts[2:3] == ["resolve"] and parts[3] not in ("main", COMMIT):
+            return 404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}
         if parts[:2] == ["api", "models"] and len(parts) == 4 or parts[4:5] == ["revision"]:
             return 200, {"id": name, "modelId": name, "sha": COMMIT, "private": repo["private"], "siblings": [{"rfilename": path} for path in repo["files"]],
                          "tags": [], "downloads": 0, "likes": 0, "gated": False, "disabled": False}, {}
@@ -97,7 +113,9 @@ class HubServer:
         if parts[4:5] == ["commit"]:
             return self._commit(repo, name, body)
         if parts[2:3] == ["resolve"]:
-            content = repo["files"]["/".join(parts[4:])]
+            content = repo["files"].get("/".join(parts[4:]))
+            if content is None:
+                return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}
             return 200, content, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": COMMIT}
         return 404, {"error": path}, {}
 

@@ -63,7 +63,7 @@ def test_a_folder_that_is_there_is_left_alone(capsys: pytest.CaptureFixture[str]
 
 def test_unsloth_is_refused_where_it_cannot_run() -> None:
     with pytest.raises(ModelError, match="needs .*; next: --set model.backend=hf"):
-        backend.pick_backend(load_config("embedded", settings=["model.backend=unsloth"]).config.model, "cpu")
+        backend.choose(load_config("embedded", settings=["model.backend=unsloth"]).config.model)
 
 
 def test_training_puts_float32_adapters_on_frozen_base_weights() -> None:
