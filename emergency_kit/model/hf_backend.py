@@ -99,6 +99,8 @@ def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: 
     dtype = dtype or pick_dtype(model, device)
     attention = pick_attention(model, device)
     revision = None if Path(name).is_dir() else model.revision
+    if Path(name).is_dir():
+        hub.require_whole(Path(name))
     logging.disable_progress_bar()
     with hub.cache_where_unreachable(not Path(name).is_dir()):
         try:

@@ -52,15 +52,8 @@ def _is_reachable(endpoint: str) -> bool:
 
 def explain(error: BaseException, what: str, name: str, revision: str | None = None, otherwise: str = "") -> str:
     """One line for an error of loading `name`, a Hub id or folder. what: begins the line; otherwise: one more way out."""
-    reason = (_of_folder if Path(name).is_dir() else _of_hub)(error, name, revision)
+    reason = f"cannot be loaded ({first_line(error)}); check the folder" if Path(name).is_dir() else _of_hub(error, name, revision)
     return f"{what}: {reason}{f', {otherwise}' if otherwise else ''}"
-
-
-def _of_folder(error: BaseException, name: str, revision: str | None) -> str:
-    problems = weight_problems(Path(name))
-    if problems:
-        return f"its download or copy is not whole ({'; '.join(problems[:3])}); copy or download it again"
-    return f"cannot be loaded ({first_line(error)}); check the folder"
 
 
 def _of_hub(error: BaseException, name: str, revision: str | None) -> str:
@@ -74,18 +67,18 @@ def _of_hub(error: BaseException, name: str, revision: str | None) -> str:
         return next((one for one in chain if isinstance(one, kinds)), None)
 
     token = get_token()
-    login = "a token that may read it: hf auth login, or HF_TOKEN" if token is None else "another token (hf auth login, or HF_TOKEN): the one in use may not read it"
+    login = "log in with a token that may read it: hf auth login, or HF_TOKEN" if token is None else "use another token (hf auth login, or HF_TOKEN): this one may not read it"
     if met(GatedRepoError):
         return f"is gated on the Hub; accept its terms at {constants.ENDPOINT}/{name}, then {login}"
     if met(RepositoryNotFoundError):
-        return f"is not on the Hub under this name, or is private; check model.name, or use {login}"
+        return f"is not on the Hub under this name, or is private; check model.name, or {login}"
     if met(RevisionNotFoundError):
         return f"has no revision {revision!r} on the Hub; check model.revision"
     if met(DisabledRepoError):
         return "has been disabled on the Hub; name another model"
     refused = met(HfHubHTTPError)
     if isinstance(refused, HfHubHTTPError) and refused.response.status_code in (401, 403):
-        return f"was refused by the Hub (HTTP {refused.response.status_code}); use {login}"
+        return f"was refused by the Hub (HTTP {refused.response.status_code}); {login}"
     if met(HFValidationError):
         return "is neither a folder nor a name that a model on the Hub can have; check model.name"
     if isinstance(refused, HfHubHTTPError):

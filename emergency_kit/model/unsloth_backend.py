@@ -30,6 +30,8 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
     adapters then name the model of the config, which `merge` reads in full precision. The tokenizer is the one that the rows were made with."""
     assert not full, "backend.choose passes Unsloth by for full fine-tuning"
     name, dtype = base_name(model), pick_dtype(model, device)
+    if Path(name).is_dir():
+        hub.require_whole(Path(name))
     with hub.cache_where_unreachable(not Path(name).is_dir()):
         try:
             base, _ = FastLanguageModel.from_pretrained(
