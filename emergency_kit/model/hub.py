@@ -14,7 +14,7 @@ import struct
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Iterator
+from typing import Any, Iterator
 
 from emergency_kit.errors import ModelError
 
@@ -96,6 +96,31 @@ def _of_hub(error: BaseException, name: str, revision: str | None) -> str:
     if met(httpx.HTTPError):
         return f"could not be had, {away}; HF_HUB_OFFLINE=1 takes what the cache holds"
     return f"cannot be loaded ({first_line(error)}); check model.name"
+
+
+def check_access(name: str, revision: str | None) -> tuple[str, bool]:
+    """`(a line, whether the cache holds it whole)` of a model on the Hub. Raises ModelError where it cannot be had, or the token is not accepted."""
+    from huggingface_hub import HfApi, constants, get_token
+
+    snapshot = cached_snapshot(name, revision)
+    whole = snapshot is not None and not weight_problems(snapshot)
+    with cache_where_unreachable(True):
+        if whole and constants.HF_HUB_OFFLINE:
+            return f"{name} is whole in the cache; {'the Hub cannot be reached' if _unreachable else 'HF_HUB_OFFLINE is set'}", True
+        api = HfApi(endpoint=constants.ENDPOINT)
+        try:
+            token = f"token of {_account(api)}" if get_token() else "no token (none needed)"
+            api.auth_check(name)
+            api.model_info(name, revision=revision, timeout=15)
+        except (OSError, ValueError) as error:
+            raise ModelError(explain(error, f"model {name}", name, revision)) from None
+    return f"{name} may be read, {token}{'; whole in the cache' if whole else ''}", whole
+
+
+def _account(api: Any) -> str:
+    said = api.whoami()
+    role = said.get("auth", {}).get("accessToken", {}).get("role")
+    return f"{said.get('name', 'an unknown account')}{f' ({role})' if role else ''}"
 
 
 def cached_snapshot(name: str, revision: str | None) -> Path | None:
