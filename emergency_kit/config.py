@@ -87,13 +87,13 @@ class ModelSection(Section):
     revision: Optional[str] = None
     """Branch, tag or commit of a Hub model."""
     backend: Literal["auto", "hf", "unsloth"] = "auto"
-    """`unsloth` on a GPU where it is installed, else `hf` (transformers and PEFT); `auto` picks and says why."""
+    """`unsloth` for 4-bit LoRA on a GPU where it is installed, else `hf` (transformers and PEFT); `auto` picks and says why."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the model runs; `cuda` is an error where there is none."""
     max_seq_length: int = Field(default=2048, ge=16)
     """Longest prompt plus answer in tokens; drives the model and the tokeniser alike."""
     load_in_4bit: bool = True
-    """Quantise the frozen base weights to 4-bit NF4 (bitsandbytes)."""
+    """Quantise the frozen base weights to 4-bit NF4 with double quantisation (bitsandbytes)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute type of the base model; `auto` takes the type whose matrix products are fastest here, on a CPU by a short trial."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
