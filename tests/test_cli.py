@@ -176,7 +176,7 @@ def test_data_inspect_and_cache(tmp_path: Path) -> None:
 
 def test_verify_names_what_is_missing() -> None:
     done = kit("verify", "--profile", "embedded")
-    assert done.returncode == 0 and done.stdout.count("  ok    ") == 8 and "Ready." in done.stdout
+    assert done.returncode == 0 and done.stdout.count("  ok    ") == 9 and "Ready." in done.stdout
     fails(4, "checks failed: Device", "verify", "--profile", "embedded", "--set", "model.device=cuda")
 
 

@@ -3,7 +3,8 @@
 In: a model's folder (its config.json alone is read), the config, and the rows of a typical step. Out: seconds of that step, and of its
 forward pass, for all layers: a layer is the difference of the two, what is left is embedding, head and loss. The engine, compute type
 and rows are the run's own, so no efficiency is guessed; other work on the machine shows, though the best of two counts. Limits: the
-optimizer's own step, saving and loading are not in it (1 to 2 % of a run); not for a device that is not here.
+optimizer's own step, saving and loading are not in it (1 to 2 % of a run); not for a device that is not here, and always through
+transformers, where Unsloth would train, too.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def _build(resolved: Resolved, tokenizer: Any, layers: int) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=pick_dtype(model, pick_device(model))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        named = model.model_copy(update={"name": folder, "revision": None})
+        named = model.model_copy(update={"name": folder, "revision": None, "backend": "hf"})  # Unsloth patches what this process has imported by now
         lora = resolved.config.lora.model_copy(update={"init": "default", "adapter": ""})  # where adapters begin costs no time in a step
         loaded = load_for_training(named, lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full")
         install_engine(loaded, training, pass_rows(training), model.max_seq_length)

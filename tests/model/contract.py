@@ -39,7 +39,7 @@ def check(name: str, tiny: Path, four_bit: bool, *settings: str) -> "Loaded":
     assert loaded.model.training and loaded.tokenizer.chat_template and str(tiny) == loaded.base
 
     # The loss is the sum over supervised tokens by the number that is given, as a plain reference has it.
-    install_engine(loaded, config.training, 2)
+    install_engine(loaded, config.training, 2, 64)
     ids = torch.arange(40, 100, device=device).reshape(2, 30)
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[:, :10] = -100

@@ -60,7 +60,7 @@ def test_nf4_is_of_every_linear_module_but_the_head(tiny: Path) -> None:
         assert module.compute_dtype == backend.pick_dtype(config.model, loaded.model.device.type)
     weight = quantised["model.layers.0.mlp.gate_proj.base_layer"].weight
     assert weight.numel() == 64 * 128 // 2  # half a byte each
-    assert {base.lm_head.weight.dtype, base.model.embed_tokens.weight.dtype, base.model.norm.weight.dtype} == {torch.float32}
+    assert {base.lm_head.weight.dtype, base.model.embed_tokens.weight.dtype, base.model.norm.weight.dtype} == {backend.pick_dtype(config.model, loaded.model.device.type)}
     assert any("base weights NF4, compute" in note for note in loaded.notes)
 
 

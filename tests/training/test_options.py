@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import typing
 from pathlib import Path
@@ -215,7 +216,9 @@ def test_every_schedule_is_transformers_own(tiny: Path, name: str) -> None:
 @pytest.mark.parametrize("settings, message", [
     (("training.lr_scheduler_type=cosine_with_min_lr",), "cosine_with_min_lr with lr_scheduler_kwargs {} cannot be made"),
     (("training.lr_scheduler_kwargs={peak: 3}",), "unexpected keyword argument 'peak'"), (("training.optim=lion_8bit",), "lion_8bit needs the package bitsandbytes")])
-def test_what_cannot_be_scheduled_or_optimised_is_said_before_anything_loads(tiny: Path, settings: tuple[str, ...], message: str) -> None:
+def test_what_cannot_be_scheduled_or_optimised_is_said_before_anything_loads(tiny: Path, settings: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest))
     with pytest.raises(TrainingError, match=message):
         check_schedule(resolve(tiny, Path("x"), *settings).config, 10)
 
