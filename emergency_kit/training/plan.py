@@ -8,7 +8,6 @@ Limits: one device; time only for this machine. Run: `make plan`, `emergency-kit
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import re
