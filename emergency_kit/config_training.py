@@ -120,7 +120,7 @@ class TrainingConfig(Section):
     """Recompute activations in the backward pass: less memory, more time."""
     engine: Literal["auto", "fused", "modules"] = "auto"
     """`fused` computes forward and backward of a step by hand (Llama, Mistral and Qwen2 families with plain LoRA or rsLoRA), `modules` goes
-    through transformers' own modules and autograd; `auto` takes `fused` where it can (not in 4-bit or float16), and says so."""
+    through transformers' own modules and autograd; `auto` takes `fused` where it can (not in float16, nor on Unsloth), and says so."""
     prefix_sharing: bool = True
     """Under `fused`: tokens that rows of a step begin with in common, such as the system prompt, are computed once."""
     neftune_noise_alpha: float = Field(default=0.0, ge=0)

@@ -20,6 +20,7 @@ from emergency_kit.model.process_memory import available_bytes, resident_bytes
 from emergency_kit.model.shape import Shape, load_shape
 from emergency_kit.training import memory
 from emergency_kit.training.memory import Setting
+from emergency_kit.training.fused.step import pass_limits
 from emergency_kit.training.schedule import interval, pass_rows, step_rows
 
 # A device is not filled to the brim: the desktop, the driver and what was not foreseen need some.
@@ -187,9 +188,10 @@ def predict(resolved: Resolved, card: Card, rows: dict[str, Any] | None = None) 
     made = make(resolved, load_shape(resolved.config.model), rows or {}, card.memory_bytes)
     phase, total = memory.peak(made.phases)
     tokens = made.load.typical_computed or made.effective_batch * made.load.work.longest
-    passes = max(1, made.effective_batch // pass_rows(resolved.config.training))
+    most_rows, most_tokens = pass_limits(pass_rows(resolved.config.training), resolved.config.model.max_seq_length, on_gpu=True)
+    passes = -(-tokens // most_tokens) if made.setting.fused else made.effective_batch // pass_rows(resolved.config.training)
     supervised = tokens * made.load.work.supervised // max(1, made.load.work.tokens)
-    step = step_seconds(made, card, tokens, supervised, passes)
+    step = step_seconds(made, card, tokens, supervised, max(1, passes))
     return Prediction(total, phase, made.phases[phase], step, tokens, step * made.steps if made.steps else None)
 
 
@@ -201,10 +203,12 @@ def step_seconds(made: Plan, card: Card, tokens: int, supervised: int, passes: i
     full = training.finetuning_type == "full"
     again = 1 if setting.recompute else 0
     adapters = 0 if full else memory.adapter_parameters(shape, made.resolved.config.lora)
-    layers = 2.0 * tokens * shape.linear_parameters * (2 + again + full) + 2.0 * tokens * adapters * (3 + again)
+    # `fused` does not make a layer's last product again, and spreads its weights out once for all of the way back.
+    spared = shape.layers * shape.hidden * shape.intermediate if setting.fused and again else 0
+    layers = 2.0 * tokens * (shape.linear_parameters * (2 + again + full) - spared) + 2.0 * tokens * adapters * (3 + again)
     head = 2.0 * supervised * shape.vocabulary * shape.hidden * (2 + full)
     # Queries with keys, probabilities with values, the causal half of both; backward makes one of them again.
     attention = 2.0 * tokens * made.load.work.longest * shape.heads * shape.width * shape.layers * (1 + again + 2.5)
-    wide = shape.linear_parameters * (memory.NF4_BYTES + 4.0 if setting.four_bit else float(setting.compute_bytes)) * passes * (2 + again)
+    wide = shape.linear_parameters * (memory.NF4_BYTES + 4.0 if setting.four_bit else float(setting.compute_bytes)) * passes * (2 if setting.fused else 2 + again)
     kept = shape.layers * memory.layer_bytes(shape, made.resolved.config.lora, setting, made.load.work) * tokens / max(1, made.load.work.tokens)
     return (layers + head + attention) / (PEAK_SHARE * card.flops) + (wide + kept * 2 * (2 + again)) / (BANDWIDTH_SHARE * card.bandwidth)

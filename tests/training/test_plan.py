@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from emergency_kit.config import Resolved, load_config
+from emergency_kit.data.tokenize import TokenRows
 from emergency_kit.errors import ModelError, UsageError
 from emergency_kit.model.shape import load_shape
 from emergency_kit.training import memory, plan, prediction, workload
@@ -132,23 +134,33 @@ def test_counts_are_those_of_the_run(tiny: Path, out: Path, capsys: pytest.Captu
 
 
 def test_mistral_in_four_bit_beside_the_guide_s_figures() -> None:
-    """The guide: 4 to 5 GB for the base in 4-bit, 12 to 15 in all. Formulas alone: no GPU was there."""
+    """The guide: 4 to 5 GB for the base in 4-bit, 12 to 15 in all; the fused engine needs less."""
     shape = load_shape(MISTRAL.config.model)
     made = prediction.make(MISTRAL, shape, {}, 16e9)
     assert 4e9 < made.phases["training"]["base weights"] < 5e9
     assert 11e9 < made.peak_bytes < 15e9 and made.fits and made.setting.fused
-    assert not prediction.make(MISTRAL, shape, {}, 12e9).fits and prediction.make(MISTRAL, shape, {}, 24e9).fits
+    assert not prediction.make(MISTRAL, shape, {}, 11e9).fits and prediction.make(MISTRAL, shape, {}, 12e9).fits
+
+
+@pytest.mark.parametrize("kept, length, measured", [(False, 350, 7.52), (False, 512, 8.35), (False, 2048, 8.34), (True, 350, 15.19), (True, 512, 19.31), (True, 2048, 19.30)])
+def test_memory_is_near_what_a_gpu_took(kept: bool, length: int, measured: float) -> None:
+    """Measured: most that torch had allocated on an H200, in GB (benchmarks/RESULTS.md, Mistral-7B on a GPU); context and fragmentation are not in that."""
+    lengths = [length + ((index * 37 % 101 - 50) if length == 350 else 0) for index in range(32)]
+    rows = TokenRows(np.full(sum(lengths), 5, np.int32), np.cumsum([0, *lengths]).astype(np.int64), np.array([one * 2 // 5 for one in lengths], np.int32))
+    resolved = load_config("mistral-7b", settings=["training.max_steps=4", f"training.gradient_checkpointing={not kept}"])
+    terms = prediction.predict(resolved, prediction.Card("H200", 141e9, 775e12, 4.2e12), {"train": rows, "validation": rows}).terms
+    assert sum(value for name, value in terms.items() if name not in ("CUDA context", "fragmentation")) / 1e9 == pytest.approx(measured, rel=0.06)
 
 
 def test_what_does_not_fit_is_changed_and_the_effective_batch_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    made = plan.plan(MISTRAL, gpu="12GB")
+    made = plan.plan(MISTRAL, gpu="11GB")
     said = capsys.readouterr().out
     assert not made.fits and "Change first: --set training.per_device_train_batch_size=1 --set training.gradient_accumulation_steps=8" in said
     assert "the data is not at hand" in said and "every row is taken to be of 2,048 tokens" in said
     for term in ("base weights", "adapters", "optimizer", "activations", "logits", "fragmentation", "Fetch    14.5 GB"):
         assert term in said, term
-    fitted = plan.plan(MISTRAL, gpu="12 GB", fit=True)
+    fitted = plan.plan(MISTRAL, gpu="11 GB", fit=True)
     training = fitted.resolved.config.training
     assert fitted.fits and fitted.effective_batch == 8 and training.per_device_train_batch_size * training.gradient_accumulation_steps == 8
     assert "It fits: " in capsys.readouterr().out
@@ -160,7 +172,7 @@ def test_what_does_not_fit_is_changed_and_the_effective_batch_stays(capsys: pyte
     order = [said.index(name, said.index("It fits with all of these")) for name in ("train_batch_size=1", "max_seq_length=", "lora.r=", "would give another model")]
     assert order == sorted(order) and "Change first: --set training.per_device_train_batch_size=1" in said
     plan.plan(MISTRAL, gpu="24GB")
-    assert "There is room to spare: --set training.per_device_train_batch_size=4 --set training.gradient_accumulation_steps=2" in capsys.readouterr().out
+    assert "There is room to spare: --set training.per_device_train_batch_size=8 --set training.gradient_accumulation_steps=1" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text, size", [("16GB", 16e9), ("16", 16e9), ("80 GiB", 80 * 2**30), ("0.5gb", 5e8)])
@@ -202,7 +214,7 @@ def test_the_guide_s_figures_stand_beside_the_plan_s_in_the_docs() -> None:
 def renew() -> None:
     """Write the table into docs/Training.md."""
     text = DOCS.read_text(encoding="utf-8")
-    before, rest = text.split("| GB | 12 GB card", 1)
+    before, rest = text.split("| GB | 12 GB or", 1)
     DOCS.write_text(before + table() + rest[rest.index("\n\n"):], encoding="utf-8")
 
 
@@ -210,15 +222,15 @@ def table() -> str:
     """The plan of the guide's configuration for three cards, term by term, in GB."""
     shape = load_shape(MISTRAL.config.model)
     made = prediction.make(MISTRAL, shape, {}, 16e9)
-    small = prediction.make(plan.changed(MISTRAL, {"training.per_device_train_batch_size": 1, "training.gradient_accumulation_steps": 8}), shape, {}, 12e9)
-    large = prediction.make(plan.changed(MISTRAL, {"training.per_device_train_batch_size": 4, "training.gradient_accumulation_steps": 2}), shape, {}, 24e9)
-    assert not prediction.make(MISTRAL, shape, {}, 12e9).fits and small.fits and made.fits and large.fits
-    columns = [one.phases["training"] for one in (small, made, large)]
-    lines = ["| GB | 12 GB card, 1 x 8 | 16 GB card, 2 x 4 | 24 GB card, 4 x 2 | the guide |", "|---|---|---|---|---|"]
+    small = prediction.make(MISTRAL, shape, {}, 12e9)
+    large = prediction.make(plan.changed(MISTRAL, {"training.per_device_train_batch_size": 8, "training.gradient_accumulation_steps": 1}), shape, {}, 24e9)
+    assert small.fits and small.phases == made.phases and made.fits and large.fits
+    columns = [one.phases["training"] for one in (made, large)]
+    lines = ["| GB | 12 GB or 16 GB card, 2 x 4 | 24 GB card, 8 x 1 | the guide |", "|---|---|---|---|"]
     for term in sorted(columns[1], key=lambda term: -columns[1][term]):
         lines.append(f"| {term} | {' | '.join(f'{column[term] / 1e9:.2f}' for column in columns)} | {'4 to 5' if term == 'base weights' else ''} |")
     for name, phase, guide in (("in all, while training", "training", "12 to 15"), ("while 4 validation rows are measured", "evaluating", "")):
-        lines.append(f"| **{name}** | {' | '.join(f'**{sum(one.phases[phase].values()) / 1e9:.1f}**' for one in (small, made, large))} | {guide} |")
+        lines.append(f"| **{name}** | {' | '.join(f'**{sum(one.phases[phase].values()) / 1e9:.1f}**' for one in (made, large))} | {guide} |")
     return "\n".join(lines)
 
 
