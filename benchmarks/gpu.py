@@ -272,7 +272,7 @@ def kill_and_resume(bench: Bench) -> dict[str, Any]:
 
 def run_embedded(bench: Bench) -> dict[str, Any]:
     """The embedded profile on the GPU and, beside it, on this machine's CPU; then evaluation, merge and export."""
-    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8"] if bench.tiny else ["evaluation.max_samples=48"]
+    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8", "evaluation.compare_base=false"] if bench.tiny else ["evaluation.max_samples=48"]
     device = "cpu" if bench.tiny else "cuda"
     flags = ("--profile", "embedded")
 

@@ -178,5 +178,5 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, at most 200 characters; its type where it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    """The first line of an error's text, at most 400 characters; its type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:400]

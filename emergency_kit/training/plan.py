@@ -95,7 +95,7 @@ def _read_rows(resolved: Resolved, hub_may_fail: bool) -> tuple[dict[str, Any], 
     except (DataError, ModelError) as error:
         if not hub_may_fail or Path(resolved.config.dataset.name).exists() and Path(resolved.config.model.name).exists():
             raise
-        return {}, "no network to the Hub" if "connect" in str(error) else " ".join(str(error).split())[:160]
+        return {}, " ".join(str(error).split()).partition("; ")[0]  # without the remedy: a plan goes on
 
 
 def report(made: Plan, rows: dict[str, Any], console: Console) -> None:
