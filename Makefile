@@ -173,7 +173,7 @@ fuzz-serve: setup $(VENV)/installed-test.txt ## 100,000 fuzzed requests to a ser
 
 test: setup $(VENV)/installed-test.txt ## Run the tests
 	@bash tests/install_browser.sh
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile $(ARGS)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 storm: setup ## Pull the plug at least 200 times, plant faults, damage and 500,000 mutated inputs (two hours; installs wandb into .venv; some parts need root and cc)
 	@$(PIP) wandb

@@ -1,10 +1,19 @@
-"""What tests of several rooms share: a real Chromium."""
+"""What tests of several rooms share: the order of files, and a real Chromium."""
 
 import shutil
 from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
+
+# The longest files, longest first: a worker that comes upon one of them last leaves the other idle.
+LONGEST = ("tests/test_cli.py", "tests/storm/test_manners.py", "tests/export/test_gguf.py", "tests/training/test_trainer.py", "tests/storm/test_world.py",
+           "tests/training/test_options.py", "tests/inference/test_chat.py", "tests/inference/test_page.py", "tests/storm/test_faults.py", "tests/training/test_bundled_run.py",
+           "tests/inference/test_server.py", "tests/knowledge/test_check.py", "tests/kit/test_browser.py", "tests/inference/test_llama_engine.py", "tests/storm/test_kills.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(name) if (name := item.nodeid.partition("::")[0]) in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="module")

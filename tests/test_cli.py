@@ -96,7 +96,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
 
 
 def test_dry_run_writes_no_checkpoint(tmp_path: Path) -> None:
-    done = kit("train", "--dry-run", "--output-dir", tmp_path)
+    done = kit("train", "--dry-run", "--output-dir", tmp_path, "--set", "dataset.build_size=300", "--set", "dataset.max_samples=24")
     assert done.returncode == 0 and "effective batch 8" in done.stdout and "Dry run" in done.stdout
     assert not (tmp_path / "checkpoints").exists()
 
@@ -134,7 +134,8 @@ def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
     assert set(json.loads(script("infer", "--prompt", "smoke", "--json", "--max-new-tokens", "5"))) == {"answer", "valid", "problems", "cards", "unsure", "text", "ended", "guard"}
     script("merge_lora")
     assert (out / "merged" / "final" / "model.safetensors").is_file()
-    script("export_gguf", "-q", "f16,q8_0", "--allow-out-of-bounds")  # a random model: near ties
+    short = [f"export.{name}" for name in ("certificate_strings=40", "certificate_answer_tokens=40", "certificate_prompts=1", "certificate_max_new_tokens=4")]
+    script("export_gguf", "-q", "f16,q8_0", "--allow-out-of-bounds", *(part for setting in short for part in ("--set", setting)))  # a random model: near ties
     assert {path.name for path in (out / "gguf").iterdir()} == {
         "manifest.json", *(f"final-{name}{end}" for name in ("f16", "q8_0") for end in (".gguf", ".certificate.md", ".certificate.json"))}
     done = kit("train", *common)

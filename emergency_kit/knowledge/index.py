@@ -8,8 +8,10 @@ and pieces of words, to one column a card, one for "no card", and one for whethe
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -29,6 +31,8 @@ from emergency_kit.knowledge.situations import load_situations
 
 CUE_FOLDER = Path(__file__).parent / "cues"
 INDEX_FOLDER = REPOSITORY / "models"
+# Fitted models of so many sets of cards stay, the last used: whoever tries a changed card goes back to the cards as they were.
+KEPT = 3
 # Chosen on the development half of tests/knowledge/labelled_scenarios.yaml (benchmarks/RESULTS.md).
 RIDGE = 0.5
 NAME_WEIGHT, SIGN_WEIGHT, ADVICE_WEIGHT = 2.0, 1.0, 0.3
@@ -249,9 +253,9 @@ def _save_index(path: Path, index: Index) -> None:
         with staged_file(path) as temporary:
             with temporary.open("wb") as stream:
                 np.savez(stream, card_ids=list(index.card_ids), features=list(index.features), idf=index.idf, weights=index.weights)
-        for other in path.parent.glob("retrieval-*.npz"):
-            if other != path:
-                other.unlink(missing_ok=True)
+        others = sorted((other for other in path.parent.glob("retrieval-*.npz") if other != path), key=lambda other: other.stat().st_mtime_ns)
+        for other in others[:max(0, len(others) + 1 - KEPT)]:
+            other.unlink(missing_ok=True)
     except OSError:
         return
 
@@ -260,6 +264,9 @@ def _read_index(path: Path) -> Index | None:
     try:
         with np.load(path) as stored:
             features = {name: place for place, name in enumerate(stored["features"].tolist())}
-            return Index(tuple(stored["card_ids"].tolist()), features, stored["idf"], stored["weights"])
+            index = Index(tuple(stored["card_ids"].tolist()), features, stored["idf"], stored["weights"])
+        with contextlib.suppress(OSError):
+            os.utime(path)  # what is used stays
+        return index
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
 from emergency_kit.files import save_bytes
@@ -81,7 +82,9 @@ def test_known_questions_are_the_same_again_and_differences_are_told(folder, mod
 def test_the_kits_numbers_of_retrieval_are_the_fitted_ones(folder):
     mine, theirs = load_index(load_cards()), load_retrieval(folder / "page")
     assert (mine.card_ids, mine.features) == (theirs.card_ids, theirs.features)
-    assert mine.idf.tobytes() == theirs.idf.tobytes() and mine.weights.tobytes() == theirs.weights.tobytes()
+    # A fit by another number of threads adds up in another order, which moves weights of up to 1 by 1.6e-6; another test may have had them fitted anew.
+    assert mine.idf.tobytes() == theirs.idf.tobytes()
+    np.testing.assert_allclose(mine.weights, theirs.weights, rtol=0, atol=5e-6)
 
 
 @pytest.mark.skipif(not os.environ.get("KIT_FOLDER"), reason="make prove-kit asks a kit with wheels")

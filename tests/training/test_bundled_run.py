@@ -16,7 +16,7 @@ from emergency_kit.training.run import train
 
 def test_a_few_steps_on_the_bundled_model(tmp_path: Path) -> None:
     resolved = load_config("embedded", settings=[
-        f"training.output_dir={tmp_path}", "dataset.max_samples=8", "dataset.max_eval_samples=2", "training.num_epochs=4",
+        f"training.output_dir={tmp_path}", "dataset.max_samples=8", "dataset.max_eval_samples=2", "dataset.grounding=none", "training.num_epochs=4",
         "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=2", "training.max_steps=4", "training.warmup_steps=0",
         "training.eval_steps=2", "training.lr_scheduler_type=constant"])
     final = train(resolved)
