@@ -27,6 +27,8 @@ TINY_SETS = {"350": 35, "512": 51, "2048": 204}
 MISTRAL = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
            "head_dim": 128, "max_position_embeddings": 32768, "rope_theta": 1e6, "sliding_window": None, "rms_norm_eps": 1e-5}
 TINY = MISTRAL | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+# Of the files made in a trial of this script.
+SHORT_CERTIFICATE = [f"export.{name}" for name in ("certificate_strings=40", "certificate_answer_tokens=40", "certificate_prompts=1", "certificate_max_new_tokens=4")]
 CLI = [sys.executable, "-m", "emergency_kit.cli"]
 
 
@@ -35,9 +37,9 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace):
         self.tiny, self.folder, self.found, self.failed = options.tiny, options.folder, {}, {}
-        self.deadline = time.monotonic() + 60 * options.minutes
+        self.deadline = time.monotonic() + 60 * (options.minutes or (60 if options.tiny else 9))
         self.base, self.tokenizer = self.folder / "base", options.tokenizer
-        self.profile = ["model.device=cpu", "model.load_in_4bit=false", "model.dtype=float32"] if self.tiny else ["model.backend=hf"]
+        self.profile = ["model.device=cpu", "model.load_in_4bit=false", "model.dtype=float32", *SHORT_CERTIFICATE] if self.tiny else ["model.backend=hf"]
         self.options = options
 
     def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
@@ -272,7 +274,7 @@ def kill_and_resume(bench: Bench) -> dict[str, Any]:
 
 def run_embedded(bench: Bench) -> dict[str, Any]:
     """The embedded profile on the GPU and, beside it, on this machine's CPU; then evaluation, merge and export."""
-    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8", "evaluation.compare_base=false"] if bench.tiny else ["evaluation.max_samples=48"]
+    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8", "evaluation.compare_base=false", *SHORT_CERTIFICATE] if bench.tiny else ["evaluation.max_samples=48"]
     device = "cpu" if bench.tiny else "cuda"
     flags = ("--profile", "embedded")
 
@@ -346,7 +348,7 @@ def main() -> None:
     parser.add_argument("--contenders", default="original,trl,unsloth,kit-unsloth,kit-modules,kit,kit-kept")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dropout", type=float, default=0.05)
-    parser.add_argument("--minutes", type=float, default=9, help="no part begins after that")
+    parser.add_argument("--minutes", type=float, help="no part begins after that: 9, or 60 for --tiny")
     parser.add_argument("--json", type=Path)
     bench = Bench(parser.parse_args())
     bench.folder.mkdir(parents=True, exist_ok=True)
