@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from emergency_kit.artifacts import save_json
 from emergency_kit.config import LoraSection
 from emergency_kit.errors import ModelError
+from emergency_kit.model import hub
 
 # First values of every adapter by the name that the checkpoint gives them: ("….lora_A.weight", tensor), float32.
 First = dict[str, torch.Tensor]
@@ -69,8 +70,7 @@ def continue_adapters(base: Any, folder: Path, lora: LoraSection) -> tuple[PeftM
         config.lora_dropout, config.inference_mode, config.init_lora_weights = lora.dropout, False, True
         model = PeftModel.from_pretrained(base, str(folder), config=config, is_trainable=True)
     except (SafetensorError, ValueError, RuntimeError, TypeError, OSError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"lora.adapter {folder}: cannot be loaded on the base model ({reason}); name another adapter") from None
+        raise ModelError(f"lora.adapter {folder}: cannot be loaded on the base model ({hub.first_line(error)}); name another adapter") from None
     other = [f"lora.{name} {value} (config: {getattr(lora, name)})" for name, value in own.items() if value != getattr(lora, name)]
     return model, [f"begins from {folder}" + (f", with its own {', '.join(other)}" if other else "")]
 

@@ -17,6 +17,9 @@ from emergency_kit.config import ModelSection
 from emergency_kit.errors import ModelError
 from emergency_kit.model import bundled, hub
 
+# NF4 with double quantisation, bytes a weight (Dettmers et al. 2023, "QLoRA", section 3).
+NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
+
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
 # config.json of models that a plan is made for where the Hub cannot be reached; from the models' own pages.
 _MISTRAL = {"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -62,6 +65,10 @@ class Shape:
     @property
     def parameters(self) -> int:
         return self.linear_parameters + self.other_parameters
+
+    def weight_bytes(self, four_bit: bool, compute_bytes: int = 2) -> float:
+        """Of the frozen base as training loads it. compute_bytes: of a weight in the compute type, which embedding, head and norms keep in 4-bit, too."""
+        return self.linear_parameters * NF4_BYTES + self.other_parameters * compute_bytes if four_bit else float(self.parameters * compute_bytes)
 
 
 def load_shape(model: ModelSection) -> Shape:

@@ -83,9 +83,8 @@ def _gpu_checks(resolved: Resolved) -> list[tuple[str, Callable[[Resolved], str]
 
 
 def _weight_bytes(resolved: Resolved) -> float:
-    """Of the base model as training loads it: NF4 takes about 0.52 bytes of a linear module's weight, the rest two."""
-    shape, model = load_shape(resolved.config.model), resolved.config.model
-    return 0.52 * shape.linear_parameters + 2.0 * shape.other_parameters if model.load_in_4bit else 2.0 * shape.parameters
+    model = resolved.config.model
+    return load_shape(model).weight_bytes(model.load_in_4bit)
 
 
 def _without_gpu(resolved: Resolved) -> str:

@@ -16,7 +16,6 @@ from emergency_kit.config import LoraSection, Resolved
 from emergency_kit.model.shape import Shape
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 FLOAT = 4
 # A CUDA context with cuBLAS; an assumption, cards differ between 0.3 and 0.7 GB.
 CUDA_CONTEXT_BYTES = 500_000_000
@@ -68,20 +67,13 @@ def adapter_parameters(shape: Shape, lora: LoraSection) -> int:
     return shape.layers * lora.r * sum(sum(shape.linears[name]) for name in targets(shape, lora))
 
 
-def weight_bytes(shape: Shape, setting: Setting) -> float:
-    """The frozen base. In 4-bit, embedding, head and norms stay in the compute type."""
-    if setting.four_bit:
-        return shape.linear_parameters * NF4_BYTES + shape.other_parameters * setting.compute_bytes
-    return shape.parameters * setting.compute_bytes
-
-
 def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload, process_bytes: int) -> dict[str, dict[str, float]]:
     """`{phase: {term: bytes}}` of loading, training and evaluating. process_bytes: what the process holds with all libraries and no model."""
     full, lora = resolved.config.training.finetuning_type == "full", resolved.config.lora
     if full:
         lora = lora.model_copy(update={"target_modules": ()})
     base = {"CUDA context" if setting.on_gpu else "Python, torch and libraries": float(CUDA_CONTEXT_BYTES if setting.on_gpu else process_bytes),
-            "base weights": float(shape.parameters * FLOAT) if full else weight_bytes(shape, setting)}
+            "base weights": float(shape.parameters * FLOAT) if full else shape.weight_bytes(setting.four_bit, setting.compute_bytes)}
     trained = shape.parameters * FLOAT if full else adapter_parameters(shape, lora) * FLOAT
     learned = {"gradients" if full else "adapters' gradients": float(trained), "optimizer (AdamW's two moments)": 2.0 * trained} | ({} if full else {"adapters": float(trained)})
     if setting.fused:

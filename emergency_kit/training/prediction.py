@@ -17,7 +17,7 @@ from typing import Any
 
 from emergency_kit.config import Resolved
 from emergency_kit.model.process_memory import available_bytes, resident_bytes
-from emergency_kit.model.shape import Shape, load_shape
+from emergency_kit.model.shape import NF4_BYTES, Shape, load_shape
 from emergency_kit.training import memory
 from emergency_kit.training.memory import Setting
 from emergency_kit.training.fused.step import pass_limits
@@ -209,6 +209,6 @@ def step_seconds(made: Plan, card: Card, tokens: int, supervised: int, passes: i
     head = 2.0 * supervised * shape.vocabulary * shape.hidden * (2 + full)
     # Queries with keys, probabilities with values, the causal half of both; backward makes one of them again.
     attention = 2.0 * tokens * made.load.work.longest * shape.heads * shape.width * shape.layers * (1 + again + 2.5)
-    wide = shape.linear_parameters * (memory.NF4_BYTES + 4.0 if setting.four_bit else float(setting.compute_bytes)) * passes * (2 if setting.fused else 2 + again)
+    wide = shape.linear_parameters * (NF4_BYTES + 4.0 if setting.four_bit else float(setting.compute_bytes)) * passes * (2 if setting.fused else 2 + again)
     kept = shape.layers * memory.layer_bytes(shape, made.resolved.config.lora, setting, made.load.work) * tokens / max(1, made.load.work.tokens)
     return (layers + head + attention) / (PEAK_SHARE * card.flops) + (wide + kept * 2 * (2 + again)) / (BANDWIDTH_SHARE * card.bandwidth)

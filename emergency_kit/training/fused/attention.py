@@ -93,9 +93,9 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
         _give_back(node, dvalues, dv, above.dv if above else dv, add)
 
 
-def can_flash(like: Tensor, width: int, above: Keys | None = None) -> bool:
+def can_flash(like: Tensor, width: int) -> bool:
     """Whether flash attention takes tensors of this type and place (compute capability 8.0 and heads of up to 256)."""
-    return above is None and like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0 \
+    return like.is_cuda and like.dtype in (torch.bfloat16, torch.float16) and width <= 256 and width % 8 == 0 \
         and torch.cuda.get_device_capability(like.device) >= (8, 0)
 
 
@@ -120,8 +120,8 @@ def backward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kep
 def _edges(part: Pass, device: torch.device) -> tuple[Tensor, int]:
     """Where rows begin and end, int32 (rows + 1,), and the longest; kept with the pass, since every layer asks."""
     if part.edges is None:
-        part.edges = torch.tensor([0, *(node.end for node in part.nodes)], dtype=torch.int32, device=device)
-    return part.edges, max(node.length for node in part.nodes)
+        part.edges = torch.tensor([0, *(node.end for node in part.nodes)], dtype=torch.int32, device=device), max(node.length for node in part.nodes)
+    return part.edges
 
 
 def _probabilities(queries: Tensor, keys: Tensor, scratch: Any) -> Tensor:

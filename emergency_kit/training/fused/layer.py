@@ -83,8 +83,9 @@ class Layer:
         self.key_heads, self.width = config.num_key_value_heads, head_width
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.epsilon = config.rms_norm_eps
+        self.flash = attention.can_flash(self.qkv.weight, head_width)
         # Flash attention reads the same keys for a group of queries, products need a copy for each.
-        self.copies = 1 if attention.can_flash(self.qkv.weight, head_width) else self.group
+        self.copies = 1 if self.flash else self.group
 
     @property
     def linears(self) -> list[Linears]:
@@ -116,7 +117,7 @@ class Layer:
         self.keys(x, saved, rotation, scratch, kept, slot)
         saved.attended = kept(slot + "attended", tokens, self.o.inputs + self.o.ranks)
         attended = self._by_head(saved.attended[:, :self.o.inputs])
-        if attention.can_flash(x, self.width, above):
+        if self.flash:
             saved.flash = attention.forward_flash(part, saved.q, saved.k, saved.v, attended)
         else:
             attention.forward(part, plan, saved.q, saved.k, saved.v, above, attended, scratch)
@@ -144,7 +145,7 @@ class Layer:
         da = self.o.backward(dx, saved.attended, saved.read["o"], dattended, scratch)
         dq = scratch("dq", *saved.q.shape)
         dk, dv = (own.dk, own.dv) if own else (scratch("dk", *saved.k.shape), scratch("dv", *saved.v.shape))
-        if saved.flash:
+        if self.flash:
             attention.backward_flash(part, saved.q, saved.k, saved.v, self._by_head(saved.attended[:, :self.o.inputs]), saved.flash, self._by_head(da), dq, dk, dv)
         else:
             attention.backward(part, plan, saved.q, saved.k, saved.v, above, self._by_head(da), dq, dk, dv, own is not None, scratch)

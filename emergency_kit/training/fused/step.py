@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training.fused.attention import Keys, can_flash, plan_blocks
+from emergency_kit.training.fused.attention import Keys, plan_blocks
 from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
@@ -50,7 +50,7 @@ class FusedStep:
         if causal_lm.device.type == "cpu":
             _unmap(causal_lm)
         self.dtype, self.device, self.scale = self.head.weight.dtype, self.head.weight.device, width ** -0.5
-        self.flash = can_flash(self.head.weight, width)
+        self.flash = self.layers[0].flash
         self.pass_rows, self.row_tokens, self.share = pass_rows, row_tokens, share and not self.flash
         self.recompute, self.neftune_alpha = recompute, neftune_alpha
         self.scratch, self.kept, self.shared_kept = (Buffers(self.dtype, self.device) for _ in range(3))
