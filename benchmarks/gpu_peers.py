@@ -108,6 +108,7 @@ CONTENDERS = {
     "trl": trl,
     "unsloth": with_unsloth,
     "kit": ours("model.backend=hf"),
+    "kit-again": ours("model.backend=hf", "training.gradient_checkpointing=true"),
     "kit-unsloth": ours("model.backend=unsloth"),
     "kit-modules": ours("model.backend=hf", "training.engine=modules"),
     "kit-kept": ours("model.backend=hf", "training.gradient_checkpointing=false"),

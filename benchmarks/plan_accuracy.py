@@ -36,7 +36,8 @@ def predict(profile: str, settings: list[str], timed: bool) -> None:
 
     made = plan(load_config(profile, settings=settings), timed=timed)
     total = made.seconds["training"] + made.seconds["evaluations"] if made.seconds else None
-    print(json.dumps({"bytes": made.peak_bytes, "seconds": total, "disk": sum(made.disk.values())}))
+    print(json.dumps({"bytes": made.peak_bytes, "seconds": total, "disk": sum(made.disk.values()),
+                      "training": made.seconds["training"] if made.seconds else None, "kept_layers": made.setting.kept_layers}))
 
 
 def run(settings: list[str], out: Path) -> dict[str, Any]:

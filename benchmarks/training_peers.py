@@ -107,7 +107,8 @@ def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *s
     from emergency_kit.config import load_config
     from emergency_kit.data.tokenize import TokenRows
     from emergency_kit.model.backend import load_for_training
-    from emergency_kit.training import checkpoint, engine
+    from emergency_kit.training import checkpoint, engine, workload
+    from emergency_kit.training.first_try import try_longest
     from emergency_kit.training.schedule import pass_rows
     from emergency_kit.training.stopping import Stop
     from emergency_kit.training.trainer import KitTrainer, RowDataset
@@ -116,7 +117,7 @@ def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *s
         f"lora.dropout={dropout}", "training.learning_rate=2e-4", "training.warmup_steps=3", f"training.max_steps={steps}",
         f"training.per_device_train_batch_size={BATCH}", f"training.gradient_accumulation_steps={ACCUMULATION}", *settings])
     config = resolved.config
-    loaded = load_for_training(config.model, config.lora, config.training.gradient_checkpointing, 42)
+    loaded = load_for_training(config.model, config.lora, bool(config.training.gradient_checkpointing), 42)
     rows_a_pass = pass_rows(config.training)
     fused = engine.install_engine(loaded, config.training, rows_a_pass, config.model.max_seq_length)
     print("; ".join(loaded.notes), file=sys.stderr)
@@ -126,7 +127,9 @@ def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *s
     facts = checkpoint.RunFacts(resolved=resolved, dataset_hash="", tokenizer=loaded.tokenizer, rows=len(rows), step_rows=BATCH * ACCUMULATION)
     args = engine.training_arguments(resolved, folder, config.model, fused is not None, steps, rows_a_pass)
     args.save_strategy = args.eval_strategy = "no"
-    return KitTrainer(model=loaded.model, args=args, train_dataset=RowDataset(flat), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused, stop=Stop())
+    load = workload.measure({"train": flat, "validation": flat}, resolved, fused is not None, loaded.model.device.type == "cuda", steps)
+    return KitTrainer(model=loaded.model, args=args, train_dataset=RowDataset(flat), eval_dataset=RowDataset(flat), facts=facts, pad_id=loaded.tokenizer.pad_token_id,
+                      fused=fused, stop=Stop(), before_training=lambda trainer: try_longest(trainer, load))
 
 
 CONTENDERS = {

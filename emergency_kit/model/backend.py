@@ -164,6 +164,10 @@ def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpoin
     if not full:
         backend.attach(loaded, model, lora, gradient_checkpointing, seed, first)
     loaded.owns_loss = backend.owns_loss
+    if choice.device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()  # the weights as they were before they became 4-bit
     loaded.notes.insert(0, f"backend {choice.name} ({choice.reason}) on {choice.device}; compute type: {explain_dtype(model, choice.device)[1]}")
     return loaded
 

@@ -40,7 +40,7 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
     if training.engine == "modules" or reason:
         loaded.notes.append(f"engine modules ({'by config' if training.engine == 'modules' else f'fused is not for {reason}'})")
     else:
-        fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, training.gradient_checkpointing, training.neftune_noise_alpha, row_tokens)
+        fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, bool(training.gradient_checkpointing), training.neftune_noise_alpha, row_tokens)
         loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}")
     if loaded.owns_loss:
         return None

@@ -1,7 +1,7 @@
 """The longest rows first: whether training, evaluation and saving fit into memory is known before step 1.
 
 In: a trainer that is ready for its first step, and the rows that need the most memory. Out: nothing but, where memory ran out, batches
-in more parts (`facts.pieces`), as it happens in a run. Gradients, random states and counters are put back, so that the
+in more parts (`facts.pieces`), as it happens in a run, and, where it is there in plenty, layers kept. Gradients, random states and counters are put back, so that the
 run's bits do not change. Cost: one pass and one validation batch, since of a `fused` step only the largest pass is computed.
 """
 
@@ -17,6 +17,8 @@ import torch
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.model.backend import memory_bytes
 from emergency_kit.training.callbacks import LOG
+from emergency_kit.training.fit import keep_layers
+from emergency_kit.training.loss import unpadded
 
 if TYPE_CHECKING:
     from emergency_kit.training.trainer import KitTrainer
@@ -41,6 +43,10 @@ def try_longest(trainer: "KitTrainer", load: "Load") -> None:
         trainer.model.train()
         with open(os.devnull, "wb") as nowhere:
             torch.save([[parameter for parameter in trainer.model.parameters() if parameter.requires_grad], standing], nowhere)
+        if trainer.fused is not None and trainer.config.gradient_checkpointing == "auto" and trainer.facts.pieces == 1:
+            rows = unpadded(batch["input_ids"], batch["labels"], batch["attention_mask"])
+            number = keep_layers(trainer.fused, rows, trainer.config.gpu_memory_gb)
+            LOG.info("Activations of %d of %d layers are kept, those of the others made again on the way back", number, len(trainer.fused.layers))
     finally:
         if trainer.fused is not None:
             trainer.fused.largest_pass_only = False

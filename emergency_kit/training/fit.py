@@ -1,8 +1,8 @@
-"""Rows of a forward pass that fit into memory, for `per_device_train_batch_size: auto`.
+"""What fits into memory: rows of a forward pass (`per_device_train_batch_size: auto`), layers kept (`gradient_checkpointing: auto`).
 
 In: a loaded model with its loss, the longest rows. Out: the most rows of an optimizer step that one pass can take, a divisor of
 them, so that the step stays the same. On a GPU counts are tried downward until one fits; on a CPU, where running out of memory
-ends the process, the need of more rows is reckoned from what one and two take.
+ends the process, the need of more rows is reckoned from what one and two take. Layers are reckoned from what one keeps, and tried.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 
 from emergency_kit.config import TrainingConfig
 from emergency_kit.model.process_memory import available_bytes, reset_highest, resident_bytes
+from emergency_kit.training.memory import CUDA_CONTEXT_BYTES, SHARE_OF_FREE, SHARE_OF_FREE_GPU
 from emergency_kit.training.preference import collate_pairs
 from emergency_kit.training.schedule import step_rows
 from emergency_kit.training.trainer import collate, is_out_of_memory, random_states, set_random_states
@@ -21,9 +22,7 @@ from emergency_kit.training.trainer import collate, is_out_of_memory, random_sta
 if TYPE_CHECKING:
     from emergency_kit.model.backend import Loaded
     from emergency_kit.training.fused.step import FusedStep
-
-# Of the memory that is free when training begins.
-SHARE_OF_FREE = 0.8
+    from emergency_kit.training.fused.tree import Row
 
 
 def fit_pass(loaded: "Loaded", training: TrainingConfig, fused: "FusedStep | None", rows: Any, dtype: torch.dtype) -> int:
@@ -84,6 +83,27 @@ def _peak_bytes(attempt: Callable[[int], None], count: int) -> int:
     reset_highest()  # without it the figure is too high, never too low
     attempt(count)
     return resident_bytes("VmHWM") or 0
+
+
+def keep_layers(fused: "FusedStep", rows: "list[Row]", gpu_memory_gb: float) -> int:
+    """Let the engine keep the activations of as many layers as fit, and take a pass of these rows, the largest there will be, to see that they do. One such
+    pass must have been taken before, with the optimizer's moments in place. Returns how many it is; 0 where trying fails."""
+    fused.kept_layers = min(len(fused.layers), int(max(0.0, spare_bytes(fused.device.type == "cuda", gpu_memory_gb)) // fused.layer_bytes))
+    try:
+        fused.run(rows, None, backward=True)
+    except (torch.OutOfMemoryError, MemoryError):
+        fused.kept_layers = 0
+    if fused.kept_layers == 0 and fused.device.type == "cuda":
+        fused.kept.memory.clear()
+        torch.cuda.empty_cache()
+    return fused.kept_layers
+
+
+def spare_bytes(on_gpu: bool, gpu_memory_gb: float) -> float:
+    """Memory that may still be taken: of a GPU up to `gpu_memory_gb`, its context counted in, and not more than is free; else of what the computer has free."""
+    if not on_gpu:
+        return SHARE_OF_FREE * (available_bytes() or 0)
+    return min(SHARE_OF_FREE_GPU * gpu_memory_gb * 1e9 - CUDA_CONTEXT_BYTES - torch.cuda.memory_reserved(), SHARE_OF_FREE_GPU * torch.cuda.mem_get_info()[0])
 
 
 def longest(rows: Any, count: int) -> list[Any]:

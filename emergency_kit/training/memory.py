@@ -21,6 +21,8 @@ FLOAT = 4
 CUDA_CONTEXT_BYTES = 500_000_000
 # Share of the rest that torch's caching allocator, or malloc, holds in vain; an assumption on a GPU, measured on a CPU (make bench-plan).
 GPU_FRAGMENTATION, CPU_FRAGMENTATION = 0.08, 0.04
+# What may be filled of the memory that is free when training begins: of a computer's, and of a GPU's, which nobody else is about to take.
+SHARE_OF_FREE, SHARE_OF_FREE_GPU = 0.8, 0.95
 # As fused/step.py and fused/attention.py have them.
 HEAD_ROWS, BLOCK = 256, 128
 
@@ -41,7 +43,8 @@ class Workload:
 
 @dataclass(frozen=True)
 class Setting:
-    """How it is computed. compute_bytes: of the compute type; fused: the engine; on_gpu, four_bit; eager: attention keeps its probabilities."""
+    """How it is computed. compute_bytes: of the compute type; fused: the engine; on_gpu, four_bit; eager: attention keeps its probabilities.
+    recompute: activations are made again on the way back; kept_layers: of how many layers `fused` keeps them nevertheless."""
 
     compute_bytes: int
     fused: bool
@@ -50,6 +53,7 @@ class Setting:
     eager: bool
     recompute: bool
     dropout: bool
+    kept_layers: int = 0
 
 
 def ranks(shape: Shape, lora: LoraSection) -> dict[str, int]:
@@ -128,7 +132,7 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
     seen = heads + 2 * (shape.key_heads * shape.width if flash else heads)
     rest = (seen + heads + r["o"] + hidden + 2 * inner + r["qkv"] + r["gate_up"] + r["down"]) * b + 2 * FLOAT
     tokens, shared = work.tokens, work.shared
-    times = 1 if setting.recompute else shape.layers
+    times = min(shape.layers, setting.kept_layers + 1) if setting.recompute else shape.layers
     kept = tokens * (rest * times + hidden * b * shape.layers) + tokens * hidden * b
     kept += shared * ((shape.layers - 1) * (rest + hidden * b) + (seen + r["qkv"]) * b + FLOAT + 2 * shape.layers * heads * FLOAT + hidden * b) if shared else 0
     kept += 0 if setting.recompute else work.eval_tokens * rest  # an evaluation's one layer has names of its own

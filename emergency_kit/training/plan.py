@@ -115,7 +115,7 @@ def report(made: Plan, rows: dict[str, Any], console: Console) -> None:
     if made.seconds:
         total = made.seconds["training"] + made.seconds["evaluations"]
         say(f"  Time     {_duration(total)}: {made.seconds['step']:.2f} s a step, {load.tokens / max(made.seconds['training'], 1e-9):,.0f} tokens/s, evaluations "
-            f"{_duration(made.seconds['evaluations'])}; by timed steps of a one- and a two-layer model, loading and saving not counted")
+            f"{_duration(made.seconds['evaluations'])}; by timed steps of models with few layers, loading and saving not counted")
     else:
         say("  Time     not predicted: it is timed on the machine that trains")
     phase, total = memory.peak(made.phases)
@@ -127,6 +127,8 @@ def report(made: Plan, rows: dict[str, Any], console: Console) -> None:
         say(f"    {memory.logits_bytes(made.shape, made.setting, load.work) / 1e9:8.3f} GB  logits: gone before that layer is made again, so only the larger of the two counts")
     if not made.setting.fused and not made.setting.on_gpu and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         say("    More is held under glibc, whose heap keeps what modules free: twice as much in a measured run; MALLOC_MMAP_THRESHOLD_=1000000 before the command prevents it")
+    if made.setting.fused and training.gradient_checkpointing == "auto":
+        say(f"    activations of {made.setting.kept_layers} of {made.shape.layers} layers kept, the others' made again on the way back (training.gpu_memory_gb {training.gpu_memory_gb:g})")
     free = free_bytes(Path(training.output_dir))
     say(f"  Disk     {sum(made.disk.values()) / 1e6:,.0f} MB at most: " + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in made.disk.items() if size)
         + f"; {free / 1e9:,.1f} GB free")
@@ -159,7 +161,7 @@ def advise(made: Plan, rows: dict[str, Any], room: float | None, changes: dict[s
     if made.fits:
         console.print(f"It fits: {made.peak_bytes / 1e9:.2f} GB, where {usable}.")
         if larger := _larger(made, rows, room):
-            kept = "activations kept instead of made again" if "training.gradient_checkpointing" in larger[1] else "fewer, larger passes"
+            kept = "fewer, larger passes" if "training.per_device_train_batch_size" in larger[1] else "activations kept instead of made again"
             console.print(f"There is room to spare: {_flags(larger[1])} ({kept}; the effective batch stays); then {larger[0].peak_bytes / 1e9:.2f} GB.")
         return
     console.print(f"It does not fit: {made.peak_bytes / 1e9:.2f} GB, where {usable}.")
@@ -186,15 +188,20 @@ def _flags(change: dict[str, Any]) -> str:
 
 
 def _larger(made: Plan, rows: dict[str, Any], room: float | None) -> tuple[Plan, dict[str, Any]] | None:
-    """What a GPU with memory to spare can be asked for: activations kept instead of made again, else the most rows in a pass; None where neither fits."""
+    """What a GPU with memory to spare can be asked for: activations kept instead of made again, else, where they are all made again or none is, the most rows in
+    a pass; None where neither fits."""
     training = made.resolved.config.training
     if not made.setting.on_gpu or not isinstance(training.per_device_train_batch_size, int):
         return None
+    if made.setting.fused and training.gradient_checkpointing == "auto":
+        change = {"training.gpu_memory_gb": int(SPARE * made.room_bytes / 1e9)}
+        raised = change["training.gpu_memory_gb"] > training.gpu_memory_gb and made.setting.kept_layers < made.shape.layers
+        return (make(changed(made.resolved, change), made.shape, rows, room, made.reason), change) if raised else None
     whole = step_rows(training)
     sizes = [size for size in range(whole, pass_rows(training), -1) if whole % size == 0]
-    tried = [{"training.gradient_checkpointing": False}] if training.gradient_checkpointing else []
+    tried = [{"training.gradient_checkpointing": False}] if training.gradient_checkpointing is True else []
     tried += [{"training.per_device_train_batch_size": size, "training.gradient_accumulation_steps": whole // size} for size in sizes]
-    for change in [tried[0] | other for other in tried[1:]] * (len(tried) > 1 and training.gradient_checkpointing) + tried:
+    for change in [tried[0] | other for other in tried[1:]] * (len(tried) > 1 and training.gradient_checkpointing is True) + tried:
         other = make(changed(made.resolved, change), made.shape, rows, room, made.reason)
         if other.peak_bytes <= SPARE * other.room_bytes:
             return other, change

@@ -2,13 +2,14 @@
 
 In: a config, a model's shape, rows where they are at hand, and a device: this one, a card of so many bytes (`make`), or a `Card` with its
 speed (`predict`, which a benchmark lays beside what it measures). Memory comes from formulas (memory.py); time on this machine from a few
-timed steps of a one- and a two-layer model (speed.py), on a card that is not here from arithmetic and traffic over the card's own rates.
+timed steps of models with few layers (speed.py), on a card that is not here from arithmetic and traffic over the card's own rates.
 Limits: one device. The shares of those rates that a run reaches are assumptions, which no GPU has confirmed yet.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from emergency_kit.config import Resolved
 from emergency_kit.model.process_memory import available_bytes, resident_bytes
 from emergency_kit.model.shape import NF4_BYTES, Shape, load_shape
 from emergency_kit.training import memory
-from emergency_kit.training.memory import Setting
+from emergency_kit.training.memory import SHARE_OF_FREE, SHARE_OF_FREE_GPU, Setting
 from emergency_kit.training.fused.step import pass_limits
 from emergency_kit.training.schedule import interval, pass_rows, step_rows
 
@@ -68,7 +69,7 @@ def setting_of(resolved: Resolved, shape: Shape, on_gpu: bool) -> Setting:
     plain = training.finetuning_type == "lora" and not (training.label_smoothing_factor or lora.use_dora or lora.modules_to_save)
     fused = plain and training.engine != "modules" and dtype != "float16" and shape.family in FAMILIES and not shape.slides
     return Setting(compute_bytes=4 if dtype == "float32" else 2, fused=fused, on_gpu=device == "cuda", four_bit=model.load_in_4bit,
-                   eager=pick_attention(model, device) == "eager", recompute=training.gradient_checkpointing, dropout=resolved.config.lora.dropout > 0)
+                   eager=pick_attention(model, device) == "eager", recompute=bool(training.gradient_checkpointing), dropout=resolved.config.lora.dropout > 0)
 
 
 def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | None, reason: str = "", process_bytes: int | None = None) -> Plan:
@@ -80,9 +81,16 @@ def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | N
     setting = setting_of(resolved, shape, on_gpu=room is not None)
     counted = plan_steps(resolved, len(rows["train"])) if rows else {"steps": training.max_steps, "epochs": training.num_epochs, "effective_batch":
                                                                    step_rows(training)}
-    load = workload.measure(rows, resolved, setting.fused, setting.on_gpu, counted["steps"]) if rows else workload.assumed(resolved)
-    phases = memory.estimate(shape, resolved, setting, load.work, process_bytes if process_bytes is not None else _process_bytes())
+    load = workload.measure(rows, resolved, setting.fused, setting.on_gpu, counted["steps"]) if rows else workload.assumed(resolved, setting.fused, setting.on_gpu)
     device, here = _device(setting) if room is None else (f"a GPU of {room / 1e9:g} GB", room)
+    process_bytes = process_bytes if process_bytes is not None else _process_bytes()
+    phases = memory.estimate(shape, resolved, setting, load.work, process_bytes)
+    if training.gradient_checkpointing == "auto" and setting.fused:
+        most = min(SHARE_OF_FREE_GPU * training.gpu_memory_gb * 1e9, USABLE * here) if setting.on_gpu else SHARE_OF_FREE * here
+        one = sum(memory.estimate(shape, resolved, dataclasses.replace(setting, kept_layers=1), load.work, process_bytes)["training"].values()) \
+            - sum(phases["training"].values())
+        setting = dataclasses.replace(setting, kept_layers=min(shape.layers, int(max(0.0, most - memory.peak(phases)[1]) // one)))
+        phases = memory.estimate(shape, resolved, setting, load.work, process_bytes)
     made = Plan(resolved, shape, setting, load, counted["steps"], counted["epochs"], counted["effective_batch"], phases, device, here, reason=reason)
     made.disk = disk_terms(made)
     return made
@@ -152,7 +160,8 @@ def predict_seconds(made: Plan, rows: dict[str, Any]) -> dict[str, float]:
     from emergency_kit.model.backend import load_tokenizer
     from emergency_kit.training.speed import time_step
 
-    both, forward = time_step(made.resolved, rows["train"], made.load.typical, load_tokenizer(made.resolved.config.model), made.shape.layers, made.setting.fused)
+    both, forward = time_step(made.resolved, rows["train"], made.load.typical, load_tokenizer(made.resolved.config.model), made.shape.layers, made.setting.fused,
+                              made.setting.kept_layers)
     training, steps = made.resolved.config.training, made.steps or 0
     evaluations = _times(training.eval_strategy, training.eval_steps, made)
     return {"training": both * made.load.computed / made.load.typical_computed,
@@ -201,10 +210,10 @@ def step_seconds(made: Plan, card: Card, tokens: int, supervised: int, passes: i
     and read again for each product (Dettmers et al. 2023); what autograd keeps is written and read once in each direction."""
     shape, setting, training = made.shape, made.setting, made.resolved.config.training
     full = training.finetuning_type == "full"
-    again = 1 if setting.recompute else 0
+    again = 1 - min(shape.layers, setting.kept_layers) / shape.layers if setting.recompute else 0
     adapters = 0 if full else memory.adapter_parameters(shape, made.resolved.config.lora)
     # `fused` does not make a layer's last product again, and spreads its weights out once for all of the way back.
-    spared = shape.layers * shape.hidden * shape.intermediate if setting.fused and again else 0
+    spared = again * shape.layers * shape.hidden * shape.intermediate if setting.fused else 0
     layers = 2.0 * tokens * (shape.linear_parameters * (2 + again + full) - spared) + 2.0 * tokens * adapters * (3 + again)
     head = 2.0 * supervised * shape.vocabulary * shape.hidden * (2 + full)
     # Queries with keys, probabilities with values, the causal half of both; backward makes one of them again.

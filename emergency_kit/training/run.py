@@ -188,7 +188,7 @@ def _train(run: _Run, stop: Stop) -> Path:
     if state.get("compute_type") and model.dtype == "auto":
         model = model.model_copy(update={"dtype": state["compute_type"]})
     resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
-    loaded = load_for_training(model, config.lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full",
+    loaded = load_for_training(model, config.lora, bool(training.gradient_checkpointing), training.seed, training.finetuning_type == "full",
                                needs=engine.beyond_plain_loss(training), first=resumed_first)
     pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
     # `auto` tries the longest rows there are, so that these are what a pass is measured in.

@@ -1,8 +1,8 @@
-"""Time of a step on this machine, from a model of the same shape with one and with two layers of random weights.
+"""Time of a step on this machine, from models of the same shape with one and with a few layers of random weights.
 
 In: a model's folder (its config.json alone is read), the config, and the rows of a typical step. Out: seconds of that step, and of its
 forward pass, for all layers: a layer is the difference of the two, what is left is embedding, head and loss. The engine, compute type
-and rows are the run's own, so no efficiency is guessed; other work on the machine shows, though the best of two counts. Limits: the
+and rows are the run's own, so no efficiency is guessed; other work on the machine shows, though the best of a few counts. Limits: the
 optimizer's own step, saving and loading are not in it (1 to 2 % of a run); not for a device that is not here, and always through
 transformers, where Unsloth would train, too.
 """
@@ -25,21 +25,33 @@ from emergency_kit.training.trainer import collate
 if TYPE_CHECKING:
     from emergency_kit.data.tokenize import TokenRows
 
-TRIES = 2
+# By kind of device: tries, and layers of the larger model; a GPU's layer is short beside what a launch varies.
+TRIES, MORE_LAYERS = {"cpu": 2, "cuda": 4}, {"cpu": 2, "cuda": 4}
 
 
-def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer: Any, layers: int, fused: bool) -> tuple[float, float]:
-    """`(seconds of forward and backward of the step, of its forward alone)` for a model of so many layers."""
+def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer: Any, layers: int, fused: bool, kept_layers: int = 0) -> tuple[float, float]:
+    """`(seconds of forward and backward of the step, of its forward alone)` for a model of so many layers; kept_layers: of how many the activations are
+    kept where the others' are made again."""
     training = resolved.config.training
     size = len(step) if fused else pass_rows(training)
     batches = [collate([rows[row] for row in step[start:start + size]], 0) for start in range(0, len(step), size)]
-    one, two = (_time_layers(_build(resolved, tokenizer, count), batches) for count in (1, 2))
-    return tuple(first + (layers - 1) * max(0.0, second - first) for first, second in zip(one, two))  # type: ignore[return-value]
+    more = MORE_LAYERS[pick_device(resolved.config.model)]
+
+    def layer_seconds(keep: bool) -> tuple[tuple[float, float], list[float]]:
+        one, some = (_time_layers(*_build(resolved, tokenizer, count), batches, keep) for count in (1, more))
+        return one, [max(0.0, second - first) / (more - 1) for first, second in zip(one, some)]
+
+    one, again = layer_seconds(keep=False)
+    _, kept = layer_seconds(keep=True) if kept_layers else (one, again)
+    number = min(kept_layers, layers - 1)
+    return tuple(first + number * mine + (layers - 1 - number) * made for first, mine, made in zip(one, kept, again))  # type: ignore[return-value]
 
 
-def _time_layers(model: Any, batches: list[dict[str, Any]]) -> tuple[float, float]:
+def _time_layers(model: Any, fused: Any, batches: list[dict[str, Any]], keep: bool) -> tuple[float, float]:
     causal_lm = causal_lm_of(model)
     device = causal_lm.device
+    if fused is not None and keep:
+        fused.kept_layers = len(fused.layers)
 
     def taken(backward: bool) -> float:
         started = time.perf_counter()
@@ -54,24 +66,25 @@ def _time_layers(model: Any, batches: list[dict[str, Any]]) -> tuple[float, floa
 
     model.train()
     taken(True)  # warms up: buffers, threads, kernels
-    both = min(taken(True) for _ in range(TRIES))
+    both = min(taken(True) for _ in range(TRIES[device.type]))
     model.eval()
-    return both, min(taken(False) for _ in range(TRIES))
+    return both, min(taken(False) for _ in range(TRIES[device.type]))
 
 
-def _build(resolved: Resolved, tokenizer: Any, layers: int) -> Any:
-    """A model of the same shape with fewer layers and random weights, loaded as training loads its own, from a folder that goes at once."""
+def _build(resolved: Resolved, tokenizer: Any, layers: int) -> tuple[Any, Any]:
+    """`(model, fused engine or None)` of the same shape with fewer layers and random weights, loaded as training loads its own, from a folder that goes at once."""
     model, training, drawn = resolved.config.model, resolved.config.training, torch.get_rng_state()
     config = AutoConfig.from_pretrained(base_name(model))
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config, dtype=pick_dtype(model, pick_device(model))).save_pretrained(folder)
+        with torch.device(pick_device(model)):  # random numbers by the billion are a GPU's work
+            AutoModelForCausalLM.from_config(config, dtype=pick_dtype(model, pick_device(model))).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         named = model.model_copy(update={"name": folder, "revision": None, "backend": "hf"})  # Unsloth patches what this process has imported by now
         lora = resolved.config.lora.model_copy(update={"init": "default", "adapter": ""})  # where adapters begin costs no time in a step
-        loaded = load_for_training(named, lora, training.gradient_checkpointing, training.seed, training.finetuning_type == "full")
-        install_engine(loaded, training, pass_rows(training), model.max_seq_length)
+        loaded = load_for_training(named, lora, bool(training.gradient_checkpointing), training.seed, training.finetuning_type == "full")
+        fused = install_engine(loaded, training, pass_rows(training), model.max_seq_length)
         torch.set_rng_state(drawn)
-    return loaded.model
+    return loaded.model, fused

@@ -301,6 +301,11 @@ class KitTrainer(Trainer):
         if not is_out_of_memory(error):
             raise error
         rows, step = len(inputs["input_ids"]) // self.unit, self.state.global_step + 1
+        if self.fused is not None and self.config.gradient_checkpointing == "auto" and self.fused.kept_layers:
+            self.fused.kept_layers = 0
+            self.fused.kept.memory.clear()
+            LOG.warning("Out of memory at step %d: no layer's activations are kept from here on", step)
+            return
         if self.facts.pieces >= rows:
             raise TrainingError(f"out of memory at step {step} with a single row of up to {inputs['input_ids'].shape[1]} tokens; "
                                 "lower model.max_seq_length, or switch on training.gradient_checkpointing") from None

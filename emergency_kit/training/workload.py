@@ -7,6 +7,7 @@ are those of `plan_step`. Of a long run 400 steps are looked at, besides those w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -41,10 +42,13 @@ class Load:
     worst_eval: list[int] = field(default_factory=list)
 
 
-def assumed(resolved: Resolved) -> Load:
+def assumed(resolved: Resolved, fused: bool, on_gpu: bool) -> Load:
     """The load of rows as long as `model.max_seq_length` allows, each token of them supervised: what is known without the data."""
     training, limit = resolved.config.training, resolved.config.model.max_seq_length
     batch, evaluated = schedule.pass_rows(training), training.per_device_eval_batch_size
+    most_rows, most_tokens = pass_limits(batch, limit, on_gpu) if fused else (None, None)
+    rows = min(most_rows or math.inf, max(1, most_tokens // limit) if most_tokens else math.inf)
+    batch, evaluated = int(min(batch, rows)), int(min(evaluated, rows))
     return Load(Workload(batch * limit, limit, batch * limit, 0, evaluated * limit, limit, evaluated * limit), 0, 0, 0, 0)
 
 

@@ -131,6 +131,20 @@ def test_passes_sharing_and_recomputing_change_nothing(options: dict[str, Any]) 
     assert_equal(by_hand(model, ROWS, **options)[:2], expected)
 
 
+@pytest.mark.parametrize("kept", [1, 2, 3])
+def test_layers_kept_change_no_bit_and_take_what_was_said(kept: int) -> None:
+    model = adapt(FAMILIES["llama"]())
+    one, other = (by_hand(model, ROWS, recompute=recompute) for recompute in (True, False))
+    step = one[2]
+    held, each = sum(tensor.nbytes for tensor in step.kept.memory.values()), step.layer_bytes
+    step.kept_layers = kept
+    loss, gradients = step.run(ROWS, None, backward=True)
+    assert float(loss) == one[0] == other[0]
+    for found, parameter, again in zip(gradients, step.parameters, one[1].values()):
+        assert torch.equal(found, again) and found.shape == parameter.shape
+    assert sum(tensor.nbytes for tensor in step.kept.memory.values()) - held == kept * each > 0
+
+
 @pytest.mark.parametrize("modules", [["q_proj", "v_proj"], ["k_proj"], ["down_proj"], ["o_proj", "up_proj"]], ids=str)
 def test_any_set_of_modules_equals_the_reference(modules: list[str]) -> None:
     model = adapt(FAMILIES["llama"](), modules)

@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig, MistralConfig, MistralForCausalLM
 
+from emergency_kit.training.fit import keep_layers
 from emergency_kit.training.fused import elementwise
 from emergency_kit.training.fused.layer import Buffers
 from emergency_kit.training.fused.step import FusedStep, unsupported
@@ -112,3 +113,29 @@ def test_kernels_equal_torch_s_own_operations(name: str, width: int) -> None:
     assert elementwise._kernels(torch.empty(1, device="cuda")) is kernels
     for found, expected in zip(run("cuda"), run("cpu")):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("nested", [True, False], ids=["scales in 8 bits", "scales in float32"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", [(7, 320), (33, 64 * 70), (96, 4096), (5, 96)], ids=str)
+def test_4_bit_weights_are_spread_out_to_bitsandbytes_own_bits(shape: tuple[int, int], dtype: torch.dtype, nested: bool) -> None:
+    """Into a view with room beside it, which must stay as it is; what the kernel does not take goes through bitsandbytes."""
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    torch.manual_seed(1)
+    packed, state = quantize_4bit(torch.randn(shape, device="cuda", dtype=dtype), quant_type="nf4", compress_statistics=nested, blocksize=64)
+    out = torch.full((shape[0], shape[1] + 16), 77.0, device="cuda", dtype=dtype)
+    elementwise.spread(packed, state, out[:, :shape[1]])
+    assert torch.equal(out[:, :shape[1]], dequantize_4bit(packed, state)) and bool((out[:, shape[1]:] == 77).all())
+
+
+@pytest.mark.parametrize("gpu_memory_gb, expected", [(0.1, 0), (15.0, 3)])
+def test_layers_are_kept_as_far_as_the_memory_given_goes(tmp_path: Path, gpu_memory_gb: float, expected: int) -> None:
+    MistralForCausalLM(MistralConfig(**SHAPE)).save_pretrained(tmp_path)
+    model = load(tmp_path, True, torch.bfloat16)
+    step = FusedStep(model.get_base_model(), 2, recompute=True, row_tokens=1000)
+    before = step.run(ROWS, None, backward=True)
+    assert keep_layers(step, ROWS, gpu_memory_gb) == expected
+    after = step.run(ROWS, None, backward=True)
+    assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-5)
+    assert distance(dict(enumerate(after[1])), dict(enumerate(before[1]))) < 2e-3  # flash attention adds in an order of its own

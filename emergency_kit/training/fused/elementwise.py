@@ -1,4 +1,4 @@
-"""What a layer does to numbers one by one: norm, rotation, SwiGLU, dropout; each in one launch on a GPU.
+"""What a layer does to numbers one by one: norm, rotation, SwiGLU, dropout, 4-bit weights spread out; each in one launch on a GPU.
 
 In and out: views whose last dimension is contiguous, results written in place. On CUDA tensors Triton's twins of these functions
 (kernels.py) run where Triton is installed, as it is with every CUDA build of torch on Linux; elsewhere torch's own operations do.
@@ -93,6 +93,17 @@ def add_masked(total: Tensor, x: Tensor, kept: Tensor) -> None:
     if kernels := _kernels(x):
         return kernels.multiply(x, kept, total, add=True)
     total.addcmul_(x, kept)
+
+
+def spread(packed: Tensor, state: Any, out: Tensor) -> None:
+    """4-bit weights into out, (outputs, inputs), whose rows may be apart. packed, state: bitsandbytes' bytes and what they mean. Its own kernel writes
+    a tensor that would then have to be copied to its place: that copy took twice as long as the spreading (benchmarks/RESULTS.md)."""
+    ours = state.nested and state.blocksize == 64 and state.state2.blocksize == 256 and out.shape[1] % 64 == 0 and packed.dtype == torch.uint8
+    if ours and (kernels := _kernels(out)):
+        return kernels.spread(packed, state, out)
+    from bitsandbytes.functional import dequantize_4bit
+
+    out.copy_(dequantize_4bit(packed, state))
 
 
 def _kernels(x: Tensor) -> Any:

@@ -6,11 +6,15 @@ them against torch's own operations.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024
+# Heads that a program rotates, and blocks of 64 weights that one spreads out.
+HEADS, GROUPS = 8, 32
 
 
 @triton.jit
@@ -47,24 +51,24 @@ def add_norm_gradient(dh: Tensor, x: Tensor, r: Tensor, weight: Tensor, dx: Tens
 
 
 @triton.jit
-def _rotate(x, cos, sin, out, x0, x1, x2, out0, out1, out2, cos_stride, heads, copies, half, sign, SIZE: tl.constexpr):
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    at = tl.arange(0, SIZE)
-    inside = at < half
+def _rotate(x, cos, sin, out, x0, x1, x2, out0, out1, out2, cos_stride, heads, copies, half, sign, HEADS: tl.constexpr, SIZE: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, at = (tl.program_id(1) * HEADS + tl.arange(0, HEADS))[:, None], tl.arange(0, SIZE)
+    inside = (head < heads) & (at < half)[None, :]
     first, second = head // copies, head % copies
-    source, target = x + token * x0 + first * x1 + second * x2, out + token * out0 + first * out1 + second * out2
-    low, high = tl.load(source + at, mask=inside, other=0.0).to(tl.float32), tl.load(source + half + at, mask=inside, other=0.0).to(tl.float32)
-    c = tl.load(cos + token * cos_stride + at, mask=inside, other=0.0).to(tl.float32)
-    s = tl.load(sin + token * cos_stride + at, mask=inside, other=0.0).to(tl.float32) * sign
-    tl.store(target + at, low * c - high * s, mask=inside)
-    tl.store(target + half + at, high * c + low * s, mask=inside)
+    source, target = x + token * x0 + first * x1 + second * x2 + at[None, :], out + token * out0 + first * out1 + second * out2 + at[None, :]
+    low, high = tl.load(source, mask=inside, other=0.0).to(tl.float32), tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    c = tl.load(cos + token * cos_stride + at, mask=at < half, other=0.0).to(tl.float32)[None, :]
+    s = tl.load(sin + token * cos_stride + at, mask=at < half, other=0.0).to(tl.float32)[None, :] * sign
+    tl.store(target, low * c - high * s, mask=inside)
+    tl.store(target + half, high * c + low * s, mask=inside)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool) -> None:
     tokens, heads, copies, width = out.shape
     assert cos.stride(0) == sin.stride(0)
-    _rotate[(tokens, heads * copies)](x, cos, sin, out, *x.stride()[:3], *out.stride()[:3], cos.stride(0), heads, copies, width // 2, -1.0 if back else 1.0,
-                                      SIZE=triton.next_power_of_2(width // 2), num_warps=1)
+    _rotate[(tokens, triton.cdiv(heads * copies, HEADS))](x, cos, sin, out, *x.stride()[:3], *out.stride()[:3], cos.stride(0), heads * copies, copies, width // 2,
+                                                          -1.0 if back else 1.0, HEADS=HEADS, SIZE=triton.next_power_of_2(width // 2), num_warps=4)
 
 
 @triton.jit
@@ -110,3 +114,21 @@ def _multiply(x, kept, out, x_stride, kept_stride, out_stride, width, ADD: tl.co
 
 def multiply(x: Tensor, kept: Tensor, out: Tensor, add: bool) -> None:
     _multiply[(len(x), triton.cdiv(x.shape[1], BLOCK))](x, kept, out, x.stride(0), kept.stride(0), out.stride(0), x.shape[1], ADD=add, SIZE=BLOCK)
+
+
+@triton.jit
+def _spread(packed, scales, code, outer_scales, outer_code, offset, out, out_stride, groups, GROUPS: tl.constexpr):
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    inside, block = group < groups, row * groups + group
+    scale = tl.load(outer_code + tl.load(scales + block, mask=inside, other=0).to(tl.int32)) * tl.load(outer_scales + block // 256, mask=inside, other=0.0) + tl.load(offset)
+    pairs = tl.load(packed + (block * 32)[:, None] + tl.arange(0, 32)[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    values = tl.interleave(tl.load(code + (pairs >> 4)) * scale[:, None], tl.load(code + (pairs & 15)) * scale[:, None])
+    tl.store(out + row * out_stride + (group * 64)[:, None] + tl.arange(0, 64)[None, :], values, mask=inside[:, None])
+
+
+def spread(packed: Tensor, state: Any, out: Tensor) -> None:
+    rows, width = out.shape
+    outer = state.state2
+    # Without fused multiply-add the values are bitsandbytes' own to the last bit.
+    _spread[(rows, triton.cdiv(width // 64, GROUPS))](packed, state.absmax, state.code, outer.absmax, outer.code, state.offset, out, out.stride(0), width // 64,
+                                                      GROUPS=GROUPS, num_warps=4, enable_fp_fusion=False)

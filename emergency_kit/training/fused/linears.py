@@ -84,12 +84,10 @@ class Linears:
         name = f"weight {self.name}"
         weight = scratch(name, self.outputs, self.inputs + self.ranks)
         if scratch.content.get(name) is not self:
-            from bitsandbytes.functional import dequantize_4bit
-
             row = 0
             for packed in self.quantised:
                 rows = packed.quant_state.shape[0]
-                weight[row:row + rows, :self.inputs] = dequantize_4bit(packed.data, packed.quant_state)
+                elementwise.spread(packed.data, packed.quant_state, weight[row:row + rows, :self.inputs])
                 row += rows
             weight[:, self.inputs:] = self.weight
             scratch.content[name] = self

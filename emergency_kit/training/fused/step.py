@@ -38,7 +38,8 @@ class FusedStep:
 
     pass_rows, row_tokens: what goes through the model together, see `pass_limits`. share: compute once what rows begin with in common; not
     where flash attention takes rows by themselves.
-    recompute: keep the layers' inputs alone and make the rest again on the way back (gradient checkpointing).
+    recompute: keep the layers' inputs alone and make the rest again on the way back (gradient checkpointing); `kept_layers` says of how many
+    layers the rest is kept nevertheless, and can be set between steps.
     neftune_alpha: noise on the embeddings in training (Jain et al. 2023), scaled by a row's length, so nothing is shared then.
     """
 
@@ -52,7 +53,7 @@ class FusedStep:
         self.dtype, self.device, self.scale = self.head.weight.dtype, self.head.weight.device, width ** -0.5
         self.flash = self.layers[0].flash
         self.pass_rows, self.row_tokens, self.share = pass_rows, row_tokens, share and not self.flash
-        self.recompute, self.neftune_alpha = recompute, neftune_alpha
+        self.kept_layers, self.neftune_alpha = 0 if recompute else len(self.layers), neftune_alpha
         self.scratch, self.kept, self.shared_kept = (Buffers(self.dtype, self.device) for _ in range(3))
         self.linears = [one for layer in self.layers for one in layer.linears]
         self.parameters = [parameter for one in self.linears for adapter in one.adapters for parameter in (adapter.a, adapter.b)]
@@ -67,6 +68,11 @@ class FusedStep:
         if torch.is_grad_enabled():
             return _Step.apply(self, rows, divisor, *self.parameters)
         return self.run(rows, divisor, backward=False)[0]
+
+    @property
+    def layer_bytes(self) -> int:
+        """What one layer that is kept takes, for passes as large as any so far that was computed while one was not kept."""
+        return sum(tensor.nbytes for name, tensor in self.kept.memory.items() if not name[0].isdigit())
 
     @torch.no_grad()
     def run(self, rows: list[Row], divisor: Tensor | int | None, backward: bool) -> tuple[Tensor, list[Tensor]]:
@@ -136,19 +142,19 @@ class FusedStep:
                 layer.backward(tokens.part, tokens.blocks, saved[index], None, own, tokens.rotation, self.scratch, dx, below)
 
     def _pass(self, tokens: "_Tokens", keys: list[Keys], masks: Masks | None, divisor: Tensor | int, backward: bool) -> Tensor:
-        x, saved, whole = tokens.x, [], backward and not self.recompute
+        x, saved, whole = tokens.x, [], self.kept_layers if backward else 0
         for index, layer in enumerate(self.layers):
             # Where nothing is kept, two places for x take turns and the rest is written over.
             out = self.kept(f"{index if backward else index % 2} x", *x.shape)
             one = layer.forward(tokens.part, tokens.blocks, x, keys[index] if keys else None, tokens.rotation, layer.draw(len(x), masks),
-                                self.scratch, self.kept, f"{index} " if whole else "", out)
+                                self.scratch, self.kept, f"{index} " if index < whole else "", out)
             saved.append(one)
             x = out
         loss, dx = self._loss(tokens.part, x, divisor, backward)
         if backward:
             for index in reversed(range(self.lowest, len(self.layers))):
                 layer, one, above = self.layers[index], saved[index], keys[index] if keys else None
-                if not whole:
+                if whole <= index < len(self.layers) - 1:  # what the last one keeps has not been written over
                     one = layer.forward(tokens.part, tokens.blocks, one.x, above, tokens.rotation, one.read, self.scratch, self.kept, "", None)
                 layer.backward(tokens.part, tokens.blocks, one, above, None, tokens.rotation, self.scratch, dx, index > self.lowest)
         return loss
