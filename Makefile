@@ -122,7 +122,7 @@ bench-training: setup ## Training speed and memory beside the original settings 
 bench-plan: setup ## The plan's memory, time and disk beside five real short runs (a quarter of an hour on a quiet machine)
 	@$(VENV)/bin/python benchmarks/plan_accuracy.py $(ARGS)
 
-bench-gpu: setup ## Mistral-7B's shape in 4-bit on one CUDA GPU beside its peers: speed, memory, plan, resume, merge (nine minutes; ARGS=--tiny tries it on a CPU)
+bench-gpu: setup ## Mistral-7B's shape in 4-bit on one CUDA GPU beside its peers: speed, memory, plan, resume, merge (what nine minutes hold; ARGS=--tiny tries it on a CPU)
 	@$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
 
 # An environment of its own over .venv: trackers bring a hundred packages, some of them older than the kit's.

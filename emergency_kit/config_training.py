@@ -117,9 +117,9 @@ class TrainingConfig(Section):
     label_smoothing_factor: float = Field(default=0.0, ge=0, lt=1)
     """Share of the target's probability spread over the vocabulary in training; the validation loss is measured without, so it can be compared."""
     gradient_checkpointing: Union[bool, Literal["auto"]] = "auto"
-    """Recompute activations in the backward pass: less memory, more time. `auto`, under `fused`: those of as many layers as fit into `gpu_memory_gb`,
+    """Recompute activations in the backward pass: less memory, more time. `auto`, under `fused`: those of as many layers as fit into `max_gpu_memory_gb`,
     or into a computer's free memory, are kept; where that is not `fused`, as `true`."""
-    gpu_memory_gb: float = Field(default=15.0, gt=0)
+    max_gpu_memory_gb: float = Field(default=15.0, gt=0)
     """What `gradient_checkpointing: auto` fills of a GPU at most, in GB; 15 leaves a rest on a card of 16. Layers that do not fit are recomputed."""
     engine: Literal["auto", "fused", "modules"] = "auto"
     """`fused` computes forward and backward of a step by hand (Llama, Mistral and Qwen2 families with plain LoRA or rsLoRA), `modules` goes

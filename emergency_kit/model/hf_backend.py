@@ -1,7 +1,7 @@
 """The backend on transformers, PEFT and, for 4-bit, bitsandbytes: any device.
 
 Base weights stand in the compute type or in NF4, adapter weights in float32 (float16 and bfloat16
-adapters lose small updates). Not run here: NF4 on a GPU, see docs/Training.md.
+adapters lose small updates).
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def try_longest(trainer: "KitTrainer", load: "Load") -> None:
             torch.save([[parameter for parameter in trainer.model.parameters() if parameter.requires_grad], standing], nowhere)
         if trainer.fused is not None and trainer.config.gradient_checkpointing == "auto" and trainer.facts.pieces == 1:
             rows = unpadded(batch["input_ids"], batch["labels"], batch["attention_mask"])
-            number = keep_layers(trainer.fused, rows, trainer.config.gpu_memory_gb)
+            number = keep_layers(trainer.fused, rows, trainer.config.max_gpu_memory_gb)
             LOG.info("Activations of %d of %d layers are kept, those of the others made again on the way back", number, len(trainer.fused.layers))
     finally:
         if trainer.fused is not None:

@@ -85,10 +85,10 @@ def _peak_bytes(attempt: Callable[[int], None], count: int) -> int:
     return resident_bytes("VmHWM") or 0
 
 
-def keep_layers(fused: "FusedStep", rows: "list[Row]", gpu_memory_gb: float) -> int:
+def keep_layers(fused: "FusedStep", rows: "list[Row]", max_gpu_memory_gb: float) -> int:
     """Let the engine keep the activations of as many layers as fit, and take a pass of these rows, the largest there will be, to see that they do. One such
     pass must have been taken before, with the optimizer's moments in place. Returns how many it is; 0 where trying fails."""
-    fused.kept_layers = min(len(fused.layers), int(max(0.0, spare_bytes(fused.device.type == "cuda", gpu_memory_gb)) // fused.layer_bytes))
+    fused.kept_layers = min(len(fused.layers), int(max(0.0, spare_bytes(fused.device.type == "cuda", max_gpu_memory_gb)) // fused.layer_bytes))
     try:
         fused.run(rows, None, backward=True)
     except (torch.OutOfMemoryError, MemoryError):
@@ -99,11 +99,11 @@ def keep_layers(fused: "FusedStep", rows: "list[Row]", gpu_memory_gb: float) -> 
     return fused.kept_layers
 
 
-def spare_bytes(on_gpu: bool, gpu_memory_gb: float) -> float:
-    """Memory that may still be taken: of a GPU up to `gpu_memory_gb`, its context counted in, and not more than is free; else of what the computer has free."""
+def spare_bytes(on_gpu: bool, max_gpu_memory_gb: float) -> float:
+    """Memory that may still be taken: of a GPU up to `max_gpu_memory_gb`, its context counted in, and not more than is free; else of what the computer has free."""
     if not on_gpu:
         return SHARE_OF_FREE * (available_bytes() or 0)
-    return min(SHARE_OF_FREE_GPU * gpu_memory_gb * 1e9 - CUDA_CONTEXT_BYTES - torch.cuda.memory_reserved(), SHARE_OF_FREE_GPU * torch.cuda.mem_get_info()[0])
+    return min(SHARE_OF_FREE_GPU * max_gpu_memory_gb * 1e9 - CUDA_CONTEXT_BYTES - torch.cuda.memory_reserved(), SHARE_OF_FREE_GPU * torch.cuda.mem_get_info()[0])
 
 
 def longest(rows: Any, count: int) -> list[Any]:

@@ -4,8 +4,8 @@ In: a model's `Shape`, the config and a `Workload` (tokens of its largest pass).
 largest phase. Sources: what autograd keeps of each operation is counted as Korthikanti et al. 2022 ("Reducing Activation
 Recomputation in Large Transformer Models") do, here for frozen weights, gated MLPs and grouped keys; NF4 with double quantisation is
 4 + 8/64 + 32/(64 * 256) bits a weight (Dettmers et al. 2023, "QLoRA", section 3); AdamW keeps two float32 moments. The `fused` engine's
-terms are its named buffers (fused/layer.py), a test compares them with the real ones. Limits: one device, LoRA adapters; nothing
-here was checked on a GPU.
+terms are its named buffers (fused/layer.py), a test compares them with the real ones, another with what one GPU took. Limits: one device,
+LoRA adapters.
 """
 
 from __future__ import annotations

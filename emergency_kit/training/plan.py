@@ -128,7 +128,7 @@ def report(made: Plan, rows: dict[str, Any], console: Console) -> None:
     if not made.setting.fused and not made.setting.on_gpu and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         say("    More is held under glibc, whose heap keeps what modules free: twice as much in a measured run; MALLOC_MMAP_THRESHOLD_=1000000 before the command prevents it")
     if made.setting.fused and training.gradient_checkpointing == "auto":
-        say(f"    activations of {made.setting.kept_layers} of {made.shape.layers} layers kept, the others' made again on the way back (training.gpu_memory_gb {training.gpu_memory_gb:g})")
+        say(f"    activations of {made.setting.kept_layers} of {made.shape.layers} layers kept, the others' made again on the way back (training.max_gpu_memory_gb {training.max_gpu_memory_gb:g})")
     free = free_bytes(Path(training.output_dir))
     say(f"  Disk     {sum(made.disk.values()) / 1e6:,.0f} MB at most: " + ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in made.disk.items() if size)
         + f"; {free / 1e9:,.1f} GB free")
@@ -194,8 +194,8 @@ def _larger(made: Plan, rows: dict[str, Any], room: float | None) -> tuple[Plan,
     if not made.setting.on_gpu or not isinstance(training.per_device_train_batch_size, int):
         return None
     if made.setting.fused and training.gradient_checkpointing == "auto":
-        change = {"training.gpu_memory_gb": int(SPARE * made.room_bytes / 1e9)}
-        raised = change["training.gpu_memory_gb"] > training.gpu_memory_gb and made.setting.kept_layers < made.shape.layers
+        change = {"training.max_gpu_memory_gb": int(SPARE * made.room_bytes / 1e9)}
+        raised = change["training.max_gpu_memory_gb"] > training.max_gpu_memory_gb and made.setting.kept_layers < made.shape.layers
         return (make(changed(made.resolved, change), made.shape, rows, room, made.reason), change) if raised else None
     whole = step_rows(training)
     sizes = [size for size in range(whole, pass_rows(training), -1) if whole % size == 0]

@@ -86,7 +86,7 @@ def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | N
     process_bytes = process_bytes if process_bytes is not None else _process_bytes()
     phases = memory.estimate(shape, resolved, setting, load.work, process_bytes)
     if training.gradient_checkpointing == "auto" and setting.fused:
-        most = min(SHARE_OF_FREE_GPU * training.gpu_memory_gb * 1e9, USABLE * here) if setting.on_gpu else SHARE_OF_FREE * here
+        most = min(SHARE_OF_FREE_GPU * training.max_gpu_memory_gb * 1e9, USABLE * here) if setting.on_gpu else SHARE_OF_FREE * here
         one = sum(memory.estimate(shape, resolved, dataclasses.replace(setting, kept_layers=1), load.work, process_bytes)["training"].values()) \
             - sum(phases["training"].values())
         setting = dataclasses.replace(setting, kept_layers=min(shape.layers, int(max(0.0, most - memory.peak(phases)[1]) // one)))

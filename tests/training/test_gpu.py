@@ -129,13 +129,13 @@ def test_4_bit_weights_are_spread_out_to_bitsandbytes_own_bits(shape: tuple[int,
     assert torch.equal(out[:, :shape[1]], dequantize_4bit(packed, state)) and bool((out[:, shape[1]:] == 77).all())
 
 
-@pytest.mark.parametrize("gpu_memory_gb, expected", [(0.1, 0), (15.0, 3)])
-def test_layers_are_kept_as_far_as_the_memory_given_goes(tmp_path: Path, gpu_memory_gb: float, expected: int) -> None:
+@pytest.mark.parametrize("max_gpu_memory_gb, expected", [(0.1, 0), (15.0, 3)])
+def test_layers_are_kept_as_far_as_the_memory_given_goes(tmp_path: Path, max_gpu_memory_gb: float, expected: int) -> None:
     MistralForCausalLM(MistralConfig(**SHAPE)).save_pretrained(tmp_path)
     model = load(tmp_path, True, torch.bfloat16)
     step = FusedStep(model.get_base_model(), 2, recompute=True, row_tokens=1000)
     before = step.run(ROWS, None, backward=True)
-    assert keep_layers(step, ROWS, gpu_memory_gb) == expected
+    assert keep_layers(step, ROWS, max_gpu_memory_gb) == expected
     after = step.run(ROWS, None, backward=True)
     assert float(after[0]) == pytest.approx(float(before[0]), rel=1e-5)
     assert distance(dict(enumerate(after[1])), dict(enumerate(before[1]))) < 2e-3  # flash attention adds in an order of its own

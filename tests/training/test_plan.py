@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_changed_and_the_effective_batch_stays(capsys: pyte
     order = [said.index(name, said.index("It fits with all of these")) for name in ("train_batch_size=1", "max_seq_length=", "lora.r=", "would give another model")]
     assert order == sorted(order) and "Change first: --set training.per_device_train_batch_size=1" in said
     plan.plan(MISTRAL, gpu="24GB")
-    assert "There is room to spare: --set training.gpu_memory_gb=19 (activations kept instead of made again" in capsys.readouterr().out
+    assert "There is room to spare: --set training.max_gpu_memory_gb=19 (activations kept instead of made again" in capsys.readouterr().out
     again = plan.changed(MISTRAL, {"training.gradient_checkpointing": True})
     plan.plan(again, gpu="24GB")
     assert "There is room to spare: --set training.per_device_train_batch_size=8 --set training.gradient_accumulation_steps=1" in capsys.readouterr().out
@@ -225,10 +225,10 @@ def table() -> str:
     """The plan of the guide's configuration for three cards, term by term, in GB."""
     shape = load_shape(MISTRAL.config.model)
     small, made = prediction.make(MISTRAL, shape, {}, 12e9), prediction.make(MISTRAL, shape, {}, 16e9)
-    large = prediction.make(plan.changed(MISTRAL, {"training.gpu_memory_gb": 19.0}), shape, {}, 24e9)
+    large = prediction.make(plan.changed(MISTRAL, {"training.max_gpu_memory_gb": 19.0}), shape, {}, 24e9)
     assert small.fits and made.fits and large.fits and small.setting.kept_layers < made.setting.kept_layers < large.setting.kept_layers < shape.layers
     columns = [one.phases["training"] for one in (small, made, large)]
-    lines = ["| GB | 12 GB card | 16 GB card | 24 GB card, `gpu_memory_gb` 19 | the guide |", "|---|---|---|---|---|"]
+    lines = ["| GB | 12 GB card | 16 GB card | 24 GB card, `max_gpu_memory_gb` 19 | the guide |", "|---|---|---|---|---|"]
     for term in sorted(columns[1], key=lambda term: -columns[1][term]):
         lines.append(f"| {term} | {' | '.join(f'{column[term] / 1e9:.2f}' for column in columns)} | {'4 to 5' if term == 'base weights' else ''} |")
     for name, phase, guide in (("in all, while training", "training", "12 to 15"), ("while 4 validation rows are measured", "evaluating", "")):

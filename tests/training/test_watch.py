@@ -118,6 +118,29 @@ def test_trying_the_longest_rows_changes_no_bit(run: tuple[Path, str], tiny: Pat
     assert all(tried[key] == untried[key] for key in ("loss_history", "validation_history", "tokens_seen", "tokens_computed", "supervised_tokens_seen"))
 
 
+def test_layers_kept_as_memory_allows_change_no_bit(run: tuple[Path, str], tiny: Path, tmp_path: Path) -> None:
+    train(resolve(tiny, beside(run, tmp_path), "training.gradient_checkpointing=auto"))
+    assert "Activations of 2 of 2 layers are kept" in (tmp_path / "logs" / "training.log").read_text()
+    found, expected = (load_file(out / "checkpoints" / "final" / "adapter_model.safetensors") for out in (tmp_path, run[0]))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_memory_that_runs_out_later_ends_the_keeping_first(run: tuple[Path, str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = KitTrainer._step_in_pieces
+
+    def tight(self: KitTrainer, model: object, inputs: dict[str, torch.Tensor], number: object) -> torch.Tensor:
+        if self.state.global_step == 2 and self.fused.kept_layers:
+            raise torch.OutOfMemoryError("planted")
+        return real(self, model, inputs, number)
+
+    monkeypatch.setattr(KitTrainer, "_step_in_pieces", tight)
+    train(resolve(tiny, beside(run, tmp_path), "training.gradient_checkpointing=auto"))
+    assert "Out of memory at step 3: no layer's activations are kept from here on" in (tmp_path / "logs" / "training.log").read_text()
+    found, expected = (load_file(out / "checkpoints" / "final" / "adapter_model.safetensors") for out in (tmp_path, run[0]))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert json.loads((tmp_path / "checkpoints" / "final" / "training_state.json").read_text())["pieces"] == 1
+
+
 def test_memory_that_does_not_suffice_shows_before_step_one(run: tuple[Path, str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = KitTrainer._step_in_pieces
 
