@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import difflib
+import functools
 import re
 import reprlib
 from dataclasses import dataclass, field
@@ -422,7 +423,7 @@ def _files_of(profile: str, config: str | Path | None) -> list[tuple[Path, tuple
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1, but `2e-4` is a number, as everybody who writes it means."""
+    """In Python, since libyaml's loader ends the process where brackets are nested 100,000 deep. YAML 1.1, but `2e-4` is a number, as everybody who writes it means."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -434,13 +435,23 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."))
 
 
+@functools.lru_cache(maxsize=16)
+def _parse(text: str) -> tuple[Any, Any]:
+    """`(nodes, which know their lines, content)`, neither to be changed: the files of the profiles are read again and again in a process."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, loader.construct_document(node) if node is not None else None
+    finally:
+        loader.dispose()
+
+
 def _read_yaml(path: Path, sections: tuple[str, ...], problems: list[str]) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=_Loader)
-        content = yaml.load(text, Loader=_Loader)
+        node, content = _parse(text)
     except FileNotFoundError:
         problems.append(f"{path}: missing; a config folder holds {', '.join(FILES)}")
         return values, origins
