@@ -37,8 +37,8 @@ def hash_file(path: Path) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """Hex sha256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """Hex sha256 of a JSON value in canonical form; half a surrogate pair, which JSON can write and UTF-8 cannot, counts as itself."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def save_text(path: Path, text: str) -> Path:
@@ -109,16 +109,16 @@ def verify_folder(folder: Path) -> list[str]:
     problems = [f"{MANIFEST} differs from its own hash"] if manifest.get("self", hash_json(known)) != hash_json(known) else []
     root = folder.resolve()
     for name, digest in manifest["files"].items():
-        path = folder / name
+        path, shown = folder / name, name.encode("utf-8", "backslashreplace").decode()  # a console takes no half of a surrogate pair
         try:
             if not path.resolve().is_relative_to(root):
-                problems.append(f"{name} leads out of the folder")
+                problems.append(f"{shown} leads out of the folder")
             elif not path.is_file():
-                problems.append(f"{name} is missing")
+                problems.append(f"{shown} is missing")
             elif hash_file(path) != digest:
-                problems.append(f"{name} differs from its recorded sha256")
+                problems.append(f"{shown} differs from its recorded sha256")
         except (OSError, ValueError) as error:
-            problems.append(f"{name} is not readable ({getattr(error, 'strerror', None) or error})")
+            problems.append(f"{shown} is not readable ({getattr(error, 'strerror', None) or error})")
     return problems
 
 

@@ -80,3 +80,11 @@ def test_more_space_than_there_is(tmp_path: Path) -> None:
 @given(st.dictionaries(st.text(max_size=5), st.integers() | st.text(max_size=5), max_size=5))
 def test_a_hash_does_not_depend_on_the_order_of_keys(value: dict[str, object]) -> None:
     assert hash_json(value) == hash_json(dict(reversed(value.items())))
+
+
+def test_half_a_surrogate_pair_is_a_problem_and_no_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"a")
+    for files in ({"a": "\ud800"}, {"\udfff": "0" * 64}):
+        (tmp_path / "manifest.json").write_text(json.dumps({"files": files, "self": "\ud800"}))
+        problems = verify_folder(tmp_path)
+        assert len(problems) == 2 and "\n".join(problems).encode("utf-8")
