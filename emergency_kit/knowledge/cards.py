@@ -200,7 +200,7 @@ def _load_folder(folder: Path) -> Mapping[str, Card]:
 def _load_file(path: Path) -> list[Card]:
     try:
         document = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date of no calendar
         raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict) or set(document) != {"category", "cards"} or not isinstance(document["cards"], list):
         raise DataError(f"{path}: expected exactly two keys, category and a list of cards")

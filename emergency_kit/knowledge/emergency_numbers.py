@@ -64,7 +64,7 @@ def load_sources(path: Path = NUMBERS_FILE) -> Mapping[str, Source]:
 def _load(path: Path) -> _File:
     try:
         file = _File(**yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError) as error:
+    except (OSError, ValueError, yaml.YAMLError, TypeError) as error:
         raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]

@@ -55,7 +55,7 @@ def load_cues(folder: Path = CUE_FOLDER) -> dict[str, tuple[str, ...]]:
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
             cues |= {card_id: tuple(str(cue) for cue in items) for card_id, items in content.items()}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, AttributeError, TypeError) as error:
+        except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
             raise DataError(f"{path}: not a table of cues by card ({' '.join(str(error).split())})") from None
     return cues
 

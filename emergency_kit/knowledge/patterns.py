@@ -42,7 +42,7 @@ def load_patterns(folder: Path = PATTERN_FOLDER) -> Mapping[str, Mapping[str, An
     for path in sorted(folder.glob("*.yaml")):
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader)) or {}
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise DataError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from None
         for card_id, entry in content.items():
             if not isinstance(entry, dict) or not set(entry) <= {"actions", "never", "time_critical", "excuses"}:
@@ -57,7 +57,7 @@ def load_prohibitions() -> Mapping[str, tuple[Pattern, ...]]:
     try:
         content = yaml.load(PROHIBITION_FILE.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
         return {str(name): tuple(compile_pattern(str(text)) for text in texts) for name, texts in content.items()}
-    except (OSError, UnicodeDecodeError, AttributeError, TypeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{PROHIBITION_FILE}: cannot be read: {' '.join(str(error).split())}") from None
 
 
