@@ -125,7 +125,7 @@ def test_a_broken_card_is_named(tmp_path, changes, words):
 @pytest.mark.parametrize(
     "text",
     ["category: mind\ncards: [", "just text", "", "category: mind\n", "category: mind\ncards: 3\n", "category: other\ncards: []\n",
-     "category: mind\ncards: [7]\n", "category: mind\ncategory: mind\ncards: []\n", "category: mind\ncards: []\nextra: 1\n",
+     "category: mind\ncards: [7]\n", "category: mind\ncards: [2001-13-45]\n", "category: mind\ncategory: mind\ncards: []\n", "category: mind\ncards: []\nextra: 1\n",
      "category: mind\ncards: []\n? [a]\n: b\n", "category: !!python/object:os.system mind\ncards: []\n", "\x00"],
 )
 def test_a_malformed_file_is_named(tmp_path, text):
