@@ -172,7 +172,7 @@ def load_training_state(folder: Path) -> dict[str, Any]:
     try:
         state = json.loads((folder / "training_state.json").read_text(encoding="utf-8"))
         return {**state, "step": int(state["step"])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise ModelError(f"checkpoint {folder}: training_state.json is missing or not readable ({error}); use another checkpoint") from None
 
 
