@@ -435,9 +435,16 @@ _Loader.add_implicit_resolver(
     list("-+0123456789."))
 
 
-@functools.lru_cache(maxsize=16)
+# PyYAML looks at every open bracket again with every token: 15,000 nested ones take two seconds. Nobody writes as many, nor a setting as long.
+MOST_BRACKETS, LONGEST_SETTING = 1_000, 10_000
+
+
+@functools.lru_cache(maxsize=64)
 def _parse(text: str) -> tuple[Any, Any]:
-    """`(nodes, which know their lines, content)`, neither to be changed: the files of the profiles are read again and again in a process."""
+    """`(nodes, which know their lines, content)`, neither to be changed: the files of the profiles are read again and again in a process.
+    Raises what PyYAML raises, and ValueError for more than MOST_BRACKETS opening brackets."""
+    if text.count("[") + text.count("{") > MOST_BRACKETS:
+        raise ValueError(f"more than {MOST_BRACKETS:,} opening brackets")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -507,6 +514,9 @@ def _read_yaml(path: Path, sections: tuple[str, ...], problems: list[str]) -> tu
 def _read_settings(settings: list[str], problems: list[str]) -> dict[str, tuple[Any, str]]:
     found: dict[str, tuple[Any, str]] = {}
     for setting in settings:
+        if len(setting) > LONGEST_SETTING:
+            problems.append(f"--set {setting[:60]!r}...: {len(setting):,} characters; a setting has at most {LONGEST_SETTING:,}")
+            continue
         key, equals, text = setting.partition("=")
         key = key.strip()
         if not equals or "." not in key:
@@ -514,7 +524,7 @@ def _read_settings(settings: list[str], problems: list[str]) -> dict[str, tuple[
             continue
         target = ALIASES.get(key, key)
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = _parse(text)[1]
         except (yaml.YAMLError, RecursionError, ValueError):
             value = text
         if target in found and found[target][1] != f"--set {key}":

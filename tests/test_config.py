@@ -1,6 +1,7 @@
 """Config: precedence, origins, every problem at once, and that every key is read by something."""
 
 import ast
+import time
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,14 @@ def test_yaml_comments_say_why_not_what() -> None:
     for path in Path("configs").rglob("*.yaml"):
         assert path.read_text(encoding="utf-8").startswith("#"), path
         assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)
+
+
+def test_what_nobody_writes_is_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"20,011 characters; a setting has at most 10,000"):
+        load_config("embedded", settings=["model.name=" + "[" * 20_000])
+    assert load_config("embedded", settings=["model.name=" + "[" * 9_000]).config.model.name == "[" * 9_000
+    (tmp_path / "deep.yaml").write_text("model: " + "[" * 200_000)
+    started = time.process_time()
+    with pytest.raises(ConfigError, match=r"deep.yaml: not valid YAML \(more than 1,000 opening brackets\)"):
+        load_config("embedded", tmp_path / "deep.yaml")
+    assert time.process_time() - started < 1
