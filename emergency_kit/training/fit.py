@@ -92,10 +92,9 @@ def keep_layers(fused: "FusedStep", rows: "list[Row]", max_gpu_memory_gb: float)
     try:
         fused.run(rows, None, backward=True)
     except (torch.OutOfMemoryError, MemoryError):
-        fused.kept_layers = 0
-    if fused.kept_layers == 0 and fused.device.type == "cuda":
-        fused.kept.memory.clear()
-        torch.cuda.empty_cache()
+        fused.keep_none()
+        if fused.device.type == "cuda":
+            torch.cuda.empty_cache()
     return fused.kept_layers
 
 

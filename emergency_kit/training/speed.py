@@ -37,12 +37,14 @@ def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer:
     batches = [collate([rows[row] for row in step[start:start + size]], 0) for start in range(0, len(step), size)]
     more = MORE_LAYERS[pick_device(resolved.config.model)]
 
+    models = [_build(resolved, tokenizer, count) for count in (1, more)]
+
     def layer_seconds(keep: bool) -> tuple[tuple[float, float], list[float]]:
-        one, some = (_time_layers(*_build(resolved, tokenizer, count), batches, keep) for count in (1, more))
+        one, some = (_time_layers(*model, batches, keep) for model in models)
         return one, [max(0.0, second - first) / (more - 1) for first, second in zip(one, some)]
 
     one, again = layer_seconds(keep=False)
-    _, kept = layer_seconds(keep=True) if kept_layers else (one, again)
+    kept = layer_seconds(keep=True)[1] if kept_layers else again
     number = min(kept_layers, layers - 1)
     return tuple(first + number * mine + (layers - 1 - number) * made for first, mine, made in zip(one, kept, again))  # type: ignore[return-value]
 

@@ -302,8 +302,7 @@ class KitTrainer(Trainer):
             raise error
         rows, step = len(inputs["input_ids"]) // self.unit, self.state.global_step + 1
         if self.fused is not None and self.config.gradient_checkpointing == "auto" and self.fused.kept_layers:
-            self.fused.kept_layers = 0
-            self.fused.kept.memory.clear()
+            self.fused.keep_none()
             LOG.warning("Out of memory at step %d: no layer's activations are kept from here on", step)
             return
         if self.facts.pieces >= rows:

@@ -74,6 +74,11 @@ class FusedStep:
         """What one layer that is kept takes, for passes as large as any so far that was computed while one was not kept."""
         return sum(tensor.nbytes for name, tensor in self.kept.memory.items() if not name[0].isdigit())
 
+    def keep_none(self) -> None:
+        """Make every layer's activations again from here on, and give back what kept ones took."""
+        self.kept_layers = 0
+        self.kept.memory.clear()
+
     @torch.no_grad()
     def run(self, rows: list[Row], divisor: Tensor | int | None, backward: bool) -> tuple[Tensor, list[Tensor]]:
         """`(loss, gradients)`, the gradients in float32 in the order of `parameters`; none without `backward`."""
