@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import statistics
 import subprocess
@@ -20,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any, Callable
+
+from tests.tiny import cut_tokenizer
 
 STEP_ROWS = 8
 SETS = {"350": 350, "512": 512, "2048": 2048}
@@ -111,18 +112,6 @@ def build_base(bench: Bench) -> dict[str, Any]:
     if not bench.tiny:
         torch.cuda.empty_cache()
     return {"parameters": count, "bytes": sum(file.stat().st_size for file in bench.base.glob("*.safetensors"))}
-
-
-def cut_tokenizer(source: Path, out: Path, size: int) -> None:
-    """A byte-level BPE tokenizer with its first `size` tokens: merges make tokens in order, so that it stays one."""
-    out.mkdir(parents=True, exist_ok=True)
-    content = json.loads((source / "tokenizer.json").read_text())
-    content["model"]["vocab"] = {token: number for token, number in content["model"]["vocab"].items() if number < size}
-    there = content["model"]["vocab"]
-    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "".join(merge if isinstance(merge, list) else merge.split(" ")) in there]
-    (out / "tokenizer.json").write_text(json.dumps(content))
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        shutil.copy(source / name, out / name)
 
 
 def build_rows(bench: Bench, steps: int) -> dict[str, list[dict[str, Any]]]:

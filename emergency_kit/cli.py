@@ -17,6 +17,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 from typer import Argument, Option
+from typer.main import get_command_from_info, get_command_name, get_group
 
 from emergency_kit import terminal
 from emergency_kit.errors import ConfigError, Interrupted, KitError, UsageError, VerdictError
@@ -554,21 +555,19 @@ def knowledge_reference(debug: Debug = False) -> None:
 def main(verb: str | None = None) -> None:
     """Entry point; `verb` is fixed by the scripts. Exits with the code of the error family."""
     arguments = ([verb] if verb else []) + sys.argv[1:]
-    name = f"scripts/{Path(sys.argv[0]).name}" if verb else "emergency-kit"
+    name = f"scripts/{Path(sys.argv[0]).name}" if verb else f"emergency-kit {arguments[0]}" if arguments[:1] else "emergency-kit"
     debug = "--debug" in arguments or os.environ.get("EMERGENCY_KIT_DEBUG") == "1"
     _prepare_process()
     # What runs for long must not end with the terminal that it was started from.
     with terminal.surviving() if set(arguments[:1]) & LONG_VERBS else contextlib.nullcontext():
-        try:
-            code = _call(arguments, name, debug)
-        finally:
-            sys.excepthook = _show_traceback  # Typer has put its own there
+        code = _call(arguments, name, debug)
     sys.exit(code)
 
 
 def _prepare_process() -> None:
     """SIGTERM ends as Ctrl-C does, `.env` is read, a narrow terminal encoding replaces what it cannot show, tracebacks hide secrets."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    sys.excepthook = _show_traceback
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -578,9 +577,19 @@ def _prepare_process() -> None:
         load_dotenv(".env")  # what the environment holds already stays
 
 
+def _command(verb: str) -> Any:
+    """The one command of this name, or None. To put all thirty together, and read a group's arguments, takes three times as long as all else of --help."""
+    named = [info for info in app.registered_commands if (info.name or get_command_name(info.callback.__name__)) == verb]
+    return get_command_from_info(named[0], pretty_exceptions_short=False, rich_markup_mode=None) if named else None
+
+
 def _call(arguments: list[str], name: str, debug: bool) -> int:
     try:
-        code = app(args=arguments, prog_name=name, standalone_mode=False)
+        command = _command(arguments[0]) if arguments else None
+        if command is not None:
+            code = command(args=arguments[1:], prog_name=name, standalone_mode=False)
+        else:
+            code = get_group(app)(args=arguments, prog_name="emergency-kit", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except ConfigError as error:
         if debug:
@@ -621,6 +630,9 @@ def _say(message: str) -> None:
 
 def _explain(error: Exception, verb: str) -> int:
     """Say an unexpected error in one line and return its exit code."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # Typer keeps its family of errors to itself
+        print(error.format_message(), file=sys.stderr)
+        return UsageError.exit_code
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # click's own family of usage errors
         _say(f"{error.format_message()} Next: --help")
         return UsageError.exit_code

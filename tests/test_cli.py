@@ -6,26 +6,36 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
+from typing import Callable, Iterator
 
 import pytest
 
+from tests.storm.storm import Life, Nursery
 from tests.tiny import save_tiny_model
 
 TINY_ROW = {"input": "smoke", "output": "FACTS\n• Smoke.\n\nUNCERTAINTIES\n• None.\n\nANALYSIS\n• Bad.\n\nGUIDANCE\n1. Leave."}
 
 
-def kit(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "emergency_kit.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=300)
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Life]]:
+    """`kit(*arguments)`: a command or script, in a process of its own that has the libraries loaded."""
+    nursery = Nursery(tmp_path_factory.mktemp("lives"))
+    yield nursery.live
+    nursery.close()
 
 
-def fails(code: int, message: str, *arguments: object) -> None:
-    done = kit(*arguments)
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == code, done.stdout + done.stderr
-    assert len(errors) == 1 and message in errors[0], done.stderr
-    assert "Traceback" not in done.stderr
+@pytest.fixture
+def fails(kit: Callable[..., Life]) -> Callable[..., None]:
+    """`fails(code, message, *arguments)`: it ends with that code and one line of error."""
+
+    def check(code: int, message: str, *arguments: object) -> None:
+        done = kit(*arguments)
+        errors = [line for line in done.errors.splitlines() if line.startswith("error: ")]
+        assert done.status == code, done.text
+        assert len(errors) == 1 and message in errors[0], done.errors
+
+    return check
 
 
 @pytest.fixture(scope="module")
@@ -51,20 +61,20 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (2, "reserved for mid-run checkpoints", ("train", "--model-name", "checkpoint-7")),
     (2, "training.model_name", ("train", "--model-name", "../evil")),
 ])
-def test_each_bad_input_gets_one_line_and_its_code(code: int, message: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
+def test_each_bad_input_gets_one_line_and_its_code(fails: Callable[..., None], code: int, message: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
     if arguments[0] == "train" and "--output-dir" not in arguments:
         arguments = (*arguments, "--output-dir", str(tmp_path))
     fails(code, message, *arguments)
 
 
-def test_an_output_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_output_folder_that_cannot_be_written(fails: Callable[..., None], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     fails(2, "not writable", "train", "--output-dir", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "in the way"
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="a small file system needs root to mount")
-def test_a_full_output_folder(tmp_path: Path) -> None:
+def test_a_full_output_folder(fails: Callable[..., None], tmp_path: Path) -> None:
     small = tmp_path / "small"
     small.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True).returncode != 0:
@@ -75,13 +85,13 @@ def test_a_full_output_folder(tmp_path: Path) -> None:
         subprocess.run(["umount", str(small)], check=True)
 
 
-def test_a_dataset_without_a_column(tmp_path: Path, tiny: Path) -> None:
+def test_a_dataset_without_a_column(fails: Callable[..., None], tmp_path: Path, tiny: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "a", "reply": "b"}) + "\n")
     fails(3, "are no known form", "train", "--output-dir", tmp_path / "out", "--set", f"dataset.name={tmp_path / 'rows.jsonl'}", "--set", f"model.name={tiny}")
     assert not (tmp_path / "out" / "checkpoints" / "final").exists()
 
 
-def test_a_checkpoint_that_lacks_a_file_or_fits_another_base(tmp_path: Path, tiny: Path) -> None:
+def test_a_checkpoint_that_lacks_a_file_or_fits_another_base(fails: Callable[..., None], tmp_path: Path, tiny: Path) -> None:
     from tests.export.tiny import save_adapter
 
     adapter = save_adapter(tmp_path / "adapter", tiny)
@@ -90,29 +100,29 @@ def test_a_checkpoint_that_lacks_a_file_or_fits_another_base(tmp_path: Path, tin
     fails(4, "incomplete, adapter_model.safetensors missing", "infer", "--checkpoint", adapter, "--prompt", "smoke", "--set", f"model.name={tiny}")
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = kit("evaluate", "--checkpoint", tmp_path / "none", "--debug")
-    assert done.returncode == 1 and "Traceback" in done.stderr
+def test_debug_shows_the_traceback(kit: Callable[..., Life], tmp_path: Path) -> None:
+    done = kit("evaluate", "--checkpoint", tmp_path / "none", "--debug", may_show_traceback=True)
+    assert done.status == 1 and "Traceback" in done.errors
 
 
-def test_dry_run_writes_no_checkpoint(tmp_path: Path) -> None:
-    done = kit("train", "--dry-run", "--output-dir", tmp_path, "--set", "dataset.build_size=300", "--set", "dataset.max_samples=24")
-    assert done.returncode == 0 and "effective batch 8" in done.stdout and "Dry run" in done.stdout
+def test_dry_run_writes_no_checkpoint(kit: Callable[..., Life], tmp_path: Path, tiny: Path) -> None:
+    done = kit("train", "--dry-run", "--output-dir", tmp_path, "--set", f"model.name={tiny}", "--set", "dataset.build_size=300", "--set", "dataset.max_samples=24")
+    assert done.status == 0 and "effective batch 8" in done.out and "Dry run" in done.out
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_config_explain_names_every_key_and_origin() -> None:
+def test_config_explain_names_every_key_and_origin(kit: Callable[..., Life]) -> None:
     from emergency_kit.config import Config, flatten
 
     done = kit("config", "explain", "--profile", "embedded", "--set", "training.seed=5")
-    assert done.returncode == 0
+    assert done.status == 0
     for key in flatten(Config()):
-        assert f"\n{key} = " in done.stdout
-    assert "training.seed = 5  [--set training.seed]" in done.stdout
-    assert "training.weight_decay = 0.01  [default]" in done.stdout
+        assert f"\n{key} = " in done.out
+    assert "training.seed = 5  [--set training.seed]" in done.out
+    assert "training.weight_decay = 0.01  [default]" in done.out
 
 
-def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
+def test_a_small_pipeline_from_data_to_gguf(kit: Callable[..., Life], tmp_path: Path, tiny: Path) -> None:
     """All the guide's scripts, one after the other, on a two-layer model and local JSONL; exact files of each stage."""
     data = tmp_path / "data"
     data.mkdir()
@@ -122,9 +132,9 @@ def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
     common = ["--output-dir", str(out), "--set", f"model.name={tiny}", "--set", f"dataset.name={data}", "--set", "model.dtype=float32"]
 
     def script(name: str, *arguments: str) -> str:
-        done = subprocess.run([sys.executable, f"scripts/{name}.py", *common, *arguments], capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
+        done = kit(f"scripts/{name}.py", *common, *arguments)
+        assert done.status == 0, done.text
+        return done.out
 
     assert "Final checkpoint saved to" in script("train", "--max-steps", "2", "--set", "training.eval_steps=1")
     script("evaluate", "--max-samples", "2", "--set", "evaluation.max_new_tokens=8")
@@ -139,12 +149,12 @@ def test_a_small_pipeline_from_data_to_gguf(tmp_path: Path, tiny: Path) -> None:
     assert {path.name for path in (out / "gguf").iterdir()} == {
         "manifest.json", *(f"final-{name}{end}" for name in ("f16", "q8_0") for end in (".gguf", ".certificate.md", ".certificate.json"))}
     done = kit("train", *common)
-    assert done.returncode == 2 and "--overwrite" in done.stderr
+    assert done.status == 2 and "--overwrite" in done.errors
 
 
-def test_data_build_and_preview(tmp_path: Path) -> None:
+def test_data_build_and_preview(kit: Callable[..., Life], fails: Callable[..., None], tmp_path: Path) -> None:
     done = kit("data", "build", "--output", tmp_path / "built", "--seed", "3", "--size", "500")
-    assert done.returncode == 0 and "its card is" in done.stdout, done.stderr
+    assert done.status == 0 and "its card is" in done.out, done.errors
     assert sum(len((tmp_path / "built" / f"{split}.jsonl").read_text().splitlines()) for split in ("train", "validation", "test")) == 500
     assert "## Hard cases" in (tmp_path / "built" / "README.md").read_text()
     (tmp_path / "mine").mkdir()
@@ -152,35 +162,35 @@ def test_data_build_and_preview(tmp_path: Path) -> None:
     fails(2, "already there and not a built dataset", "data", "build", "--output", tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "keep"
     done = kit("data", "preview", tmp_path / "built", "--split", "validation", "-n", "2", "--set", f"training.output_dir={tmp_path}")
-    assert done.returncode == 0 and done.stdout.count("«FACTS") == 2 and done.stdout.count("<|im_end|>»") == 2
+    assert done.status == 0 and done.out.count("«FACTS") == 2 and done.out.count("<|im_end|>»") == 2
     fails(2, "--split: got 'tests'", "data", "preview", tmp_path / "built", "--split", "tests")
 
 
-def test_data_inspect_and_cache(tmp_path: Path) -> None:
+def test_data_inspect_and_cache(kit: Callable[..., Life], fails: Callable[..., None], tmp_path: Path, tiny: Path) -> None:
     rows = [{**TINY_ROW, "id": str(number), "input": f"smoke number {number} in the corridor of house {number * 7}"} for number in range(12)]
     rows[3]["output"] = ""
     rows[4]["input"] = "write to anna.b@example.org at once, please"
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     out = ("--output-dir", tmp_path / "out")
     done = kit("data", "inspect", tmp_path / "mine.jsonl", "--html", tmp_path / "page.html", "--set", f"training.output_dir={tmp_path / 'out'}")
-    assert done.returncode == 0, done.stderr
+    assert done.status == 0, done.errors
     for words in ("mine.jsonl:13", "mine.jsonl:4", "e-mail address", "empty answer", "an…"):
-        assert words in done.stdout or words == "an…", (words, done.stdout)
-    assert "anna.b@example.org" not in done.stdout + (tmp_path / "page.html").read_text()
-    assert kit("train", "--dry-run", *out, "--profile", "embedded", "--set", f"dataset.name={tmp_path / 'mine.jsonl'}").returncode == 0
+        assert words in done.out or words == "an…", (words, done.out)
+    assert "anna.b@example.org" not in done.out + (tmp_path / "page.html").read_text()
+    assert kit("train", "--dry-run", *out, "--profile", "embedded", "--set", f"model.name={tiny}", "--set", f"dataset.name={tmp_path / 'mine.jsonl'}").status == 0
     listed = kit("data", "cache", "list", *out)
-    assert listed.returncode == 0 and "2 tokenised splits" in listed.stdout and "train:" in listed.stdout
+    assert listed.status == 0 and "2 tokenised splits" in listed.out and "train:" in listed.out
     pruned = kit("data", "cache", "prune", "--days", "0", *out)
-    assert pruned.returncode == 0 and "2 removed" in pruned.stdout and not list((tmp_path / "out" / "cache").glob("tokens-*"))
+    assert pruned.status == 0 and "2 removed" in pruned.out and not list((tmp_path / "out" / "cache").glob("tokens-*"))
     fails(3, "no such file or folder", "data", "inspect", tmp_path / "none.csv")
 
 
-def test_verify_names_what_is_missing() -> None:
+def test_verify_names_what_is_missing(kit: Callable[..., Life], fails: Callable[..., None]) -> None:
     done = kit("verify", "--profile", "embedded")
-    assert done.returncode == 0 and done.stdout.count("  ok    ") == 9 and "Ready." in done.stdout
+    assert done.status == 0 and done.out.count("  ok    ") == 9 and "Ready." in done.out
     fails(4, "checks failed: Device", "verify", "--profile", "embedded", "--set", "model.device=cuda")
 
 
-def test_list_quantizations() -> None:
-    done = subprocess.run([sys.executable, "scripts/export_gguf.py", "--list-quantizations"], capture_output=True, text=True)
-    assert done.returncode == 0 and all(name in done.stdout for name in ("f16", "q8_0", "q4_k_m"))
+def test_list_quantizations(kit: Callable[..., Life]) -> None:
+    done = kit("scripts/export_gguf.py", "--list-quantizations")
+    assert done.status == 0 and all(name in done.out for name in ("f16", "q8_0", "q4_k_m"))

@@ -1,5 +1,7 @@
-"""A tiny random Llama with the bundled tokenizer, saved as a real model folder."""
+"""A tiny random Llama with a cut of the bundled tokenizer, saved as a real model folder."""
 
+import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,11 +10,25 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from emergency_kit.config import Resolved, load_config
 
 BUNDLED = Path("models/SmolLM2-135M-Instruct")
+WHOLE, TOKENS = 49152, 8192  # with all of them the head is nearly all of what a tiny model computes
 
 
-def save_tiny_model(folder: Path, seed: int = 0, context_tokens: int = 16384, tied: bool = False) -> Path:
+def cut_tokenizer(source: Path, out: Path, size: int) -> None:
+    """A byte-level BPE tokenizer with its first `size` tokens: merges make tokens in order, so that it stays one."""
+    out.mkdir(parents=True, exist_ok=True)
+    content = json.loads((source / "tokenizer.json").read_text())
+    content["model"]["vocab"] = {token: number for token, number in content["model"]["vocab"].items() if number < size}
+    there = content["model"]["vocab"]
+    content["model"]["merges"] = [merge for merge in content["model"]["merges"] if "".join(merge if isinstance(merge, list) else merge.split(" ")) in there]
+    (out / "tokenizer.json").write_text(json.dumps(content))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        shutil.copy(source / name, out / name)
+
+
+def save_tiny_model(folder: Path, seed: int = 0, context_tokens: int = 16384, tied: bool = False, tokens: int = TOKENS) -> Path:
     """Two layers, hidden size 64; wide initial weights, so that greedy answers vary instead of repeating one token."""
-    tokenizer = AutoTokenizer.from_pretrained(BUNDLED)
+    cut_tokenizer(BUNDLED, folder, tokens)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

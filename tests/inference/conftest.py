@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from emergency_kit.export.gguf import export_gguf
-from tests.tiny import resolve, save_tiny_model
+from tests.tiny import WHOLE, resolve, save_tiny_model
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -17,7 +17,7 @@ def one_thread():
 @pytest.fixture(scope="package")
 def folder(tmp_path_factory):
     """A tiny random model with the bundled tokenizer."""
-    return save_tiny_model(tmp_path_factory.mktemp("tiny"))
+    return save_tiny_model(tmp_path_factory.mktemp("tiny"), tokens=WHOLE)
 
 
 @pytest.fixture(scope="package")

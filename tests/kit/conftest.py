@@ -12,7 +12,7 @@ from emergency_kit.export.gguf import export_gguf
 from emergency_kit.kit.fetch import WLLAMA_FILE
 from emergency_kit.kit.pack import kit
 from tests.export.tiny import HELD_OUT
-from tests.tiny import save_tiny_model
+from tests.tiny import WHOLE, save_tiny_model
 
 def resolve(model: Path, output: Path, *settings: str):
     """The embedded profile on a tiny model, with a short certificate; archives that were fetched before are used again."""
@@ -28,7 +28,7 @@ def outputs(tmp_path_factory):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("kit-outputs")
-    merged = save_tiny_model(folder / "merged" / "final")
+    merged = save_tiny_model(folder / "merged" / "final", tokens=WHOLE)
     resolved = resolve(merged, folder)
     save_manifest(merged, "merge", resolved)
     export_gguf(resolved, merged)

@@ -12,9 +12,9 @@ CARDS = load_cards()
 
 
 def kinds(card_id: str, year: int = 2026, **changes: object) -> set[str]:
-    """Kinds of problems once a card's fields are replaced."""
+    """Kinds of problems once a card's fields are replaced, beside the card that forbids butter."""
     card = Card.model_validate(CARDS[card_id].model_dump() | changes)
-    return {problem.kind for problem in check_knowledge(CARDS | {card_id: card}, load_numbers(), year) if problem.card == card_id}
+    return {problem.kind for problem in check_knowledge({"thermal_burn": CARDS["thermal_burn"], card_id: card}, load_numbers(), year) if problem.card == card_id}
 
 
 def test_a_safety_officer_could_sign() -> None:

@@ -1,6 +1,6 @@
 """Many short lives of the command line: forked from one process that has the libraries loaded, so that a life costs its work alone.
 
-In: lines of JSON on standard input: argv (after `emergency-kit`), env, out (file for its output), kill_after (seconds to SIGKILL, or
+In: lines of JSON on standard input: argv (after `emergency-kit`, or a script's name and its flags), env, out and errors (files for its output), kill_after (seconds to SIGKILL, or
 null), signals ([seconds, number] each), limit (seconds). Out: a line of JSON each: status (exit code, or minus the signal's
 number) and seconds. A life is a real process with its own memory, killed by the real signal; only imports are shared.
 Run by storm.Nursery: python -m tests.storm.nursery
@@ -8,6 +8,7 @@ Run by storm.Nursery: python -m tests.storm.nursery
 
 import json
 import os
+import runpy
 import signal
 import sys
 import time
@@ -63,10 +64,8 @@ def fail_once_out_of_memory(step: int) -> None:
 def live(request: dict[str, Any]) -> None:
     """In the child: become the command."""
     os.setsid()
-    output = os.open(request["out"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644) if "out" in request else None
-    if output is not None:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+    for descriptor, name in ((1, "out"), (2, "errors")):
+        os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), descriptor)
     os.environ.update(request.get("env", {}))
     if "TZ" in request.get("env", {}):
         time.tzset()
@@ -74,12 +73,16 @@ def live(request: dict[str, Any]) -> None:
         forbid_sockets()
     if request.get("out_of_memory_at"):
         fail_once_out_of_memory(request["out_of_memory_at"])
-    sys.argv = ["emergency-kit", *request["argv"]]
+    script = request["argv"][0].endswith(".py")
+    sys.argv = request["argv"] if script else ["emergency-kit", *request["argv"]]
     from emergency_kit import cli
 
     code = 1
     try:
-        cli.main()
+        if script:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            cli.main()
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
     except Exception:  # what a process of its own would show before it ends

@@ -33,11 +33,16 @@ def build_faults(folder: Path) -> Path | None:
 
 @dataclass
 class Life:
-    """How a life ended. status: exit code, or minus a signal's number; text: all that it printed."""
+    """How a life ended. status: exit code, or minus a signal's number; text: all that it printed, what went to standard error last."""
 
     status: int
     seconds: float
-    text: str
+    out: str
+    errors: str
+
+    @property
+    def text(self) -> str:
+        return self.out + self.errors
 
 
 class Nursery:
@@ -56,12 +61,11 @@ class Nursery:
     def live(self, *argv: object, **request: Any) -> Life:
         """One life of `emergency-kit argv`, to its end."""
         self.lives += 1
-        out = self.folder / f"life-{self.lives}.txt"
-        out.unlink(missing_ok=True)
-        self.process.stdin.write(json.dumps({"argv": [str(part) for part in argv], "out": str(out), **request}) + "\n")
+        files = {name: str(self.folder / f"life-{self.lives}-{name}.txt") for name in ("out", "errors")}
+        self.process.stdin.write(json.dumps({"argv": [str(part) for part in argv], **files, **request}) + "\n")
         self.process.stdin.flush()
         reply = json.loads(self.process.stdout.readline())
-        life = Life(reply["status"], reply["seconds"], out.read_text(errors="replace") if out.exists() else "")
+        life = Life(reply["status"], reply["seconds"], *(Path(name).read_text(errors="replace") if Path(name).exists() else "" for name in files.values()))
         assert request.get("may_show_traceback") or "Traceback" not in life.text and "unexpected" not in life.text, life.text  # whatever befell it
         return life
 

@@ -16,14 +16,14 @@ from emergency_kit.model import adapters, backend
 from emergency_kit.model.backend import Loaded
 from emergency_kit.training.engine import install_engine
 from emergency_kit.training.schedule import group_parameters
-from tests.tiny import save_tiny_model
+from tests.tiny import WHOLE, save_tiny_model
 
 IDS = torch.arange(40, 90)[None]
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", tokens=WHOLE)
 
 
 def resolve(tiny: Path, *settings: str) -> Resolved:

@@ -37,7 +37,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:
     return load_config("embedded", settings=[
-        f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", "dataset.max_samples=24", "dataset.max_eval_samples=8",
+        f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", "dataset.build_size=200", "dataset.max_samples=24", "dataset.max_eval_samples=8",
         "training.max_steps=6", "training.num_epochs=2", "training.eval_steps=2", "training.save_steps=2", "lora.dropout=0.1", *settings])
 
 

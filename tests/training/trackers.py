@@ -104,7 +104,7 @@ def main() -> None:
                 wrong += 1
                 continue
             out = Path(place) / name
-            flags = [f"model.name={tiny}", "model.dtype=float32", f"training.output_dir={out}", "dataset.max_samples=24", "dataset.max_eval_samples=4", "training.max_steps=8",
+            flags = [f"model.name={tiny}", "model.dtype=float32", f"training.output_dir={out}", "dataset.build_size=200", "dataset.max_samples=24", "dataset.max_eval_samples=4", "training.max_steps=8",
                      "training.eval_steps=4", "training.save_steps=8", f"training.report_to=[{name}]"]
             done = subprocess.run([sys.executable, "-m", "emergency_kit.cli", "train", "--profile", "embedded", *(part for flag in flags for part in ("--set", flag))],
                                   capture_output=True, text=True, env=os.environ | {"WANDB_MODE": "offline"})
