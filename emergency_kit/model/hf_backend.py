@@ -1,26 +1,27 @@
 """The backend on transformers, PEFT and, for 4-bit, bitsandbytes: any device.
 
 Base weights stand in the compute type or in NF4, adapter weights in float32 (float16 and bfloat16
-adapters lose small updates).
+adapters lose small updates). PEFT takes two seconds to import, so it is imported where there are adapters.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from transformers.utils import logging
 
 from emergency_kit.config import LoraSection, ModelSection
 from emergency_kit.errors import ModelError
-from emergency_kit.model import adapters, hub
+from emergency_kit.model import hub
 from emergency_kit.model.backend import Loaded, base_name, pick_attention, pick_device, pick_dtype
 
+if TYPE_CHECKING:
+    from emergency_kit.model import adapters
 
 owns_loss = False
 
@@ -45,6 +46,8 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
 
 def attach(loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, first: "adapters.First | None" = None) -> None:
     """See `Backend.attach`."""
+    from emergency_kit.model import adapters
+
     torch.manual_seed(seed)
     if lora.adapter:
         loaded.model, notes = adapters.continue_adapters(loaded.model, Path(lora.adapter), lora)
@@ -78,6 +81,8 @@ def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtyp
     fold: add a small model's adapter into its weights in float32 before they become `dtype`, as the merged
     model has them; decoding is then about 1.4 times as fast (benchmarks/RESULTS.md).
     """
+    from peft import PeftModel
+
     files = list(Path(base).glob("*.safetensors"))
     fold = fold and bool(files) and sum(file.stat().st_size for file in files) < FOLD_BELOW_BYTES
     loaded = load_model(base, model, torch.float32 if fold else dtype, kind="adapter", tokenizer=str(folder))
