@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from emergency_kit.config import Resolved
+from emergency_kit.model.backend import base_name
 from emergency_kit.model.process_memory import available_bytes, resident_bytes
 from emergency_kit.model.shape import NF4_BYTES, Shape, load_shape
 from emergency_kit.training import memory
@@ -133,7 +134,8 @@ def disk_terms(made: Plan) -> dict[str, float]:
     trained = (made.shape.parameters if full else memory.adapter_parameters(made.shape, made.resolved.config.lora)) * memory.FLOAT
     saves = _times(training.save_strategy, training.save_steps, made) if made.steps else training.save_total_limit + 1
     kept = min(saves, training.save_total_limit + 2)  # the best one beside the last ones, and the one being written
-    return {f"{kept} checkpoints ({'weights' if full else 'adapter'}, optimizer, tokenizer)": kept * (3.0 * trained + TOKENIZER_BYTES), "finished model": trained + TOKENIZER_BYTES,
+    tokenizer = sum(path.stat().st_size for path in Path(base_name(made.resolved.config.model)).glob("tokenizer*")) or TOKENIZER_BYTES
+    return {f"{kept} checkpoints ({'weights' if full else 'adapter'}, optimizer, tokenizer)": kept * (3.0 * trained + tokenizer), "finished model": trained + tokenizer,
             "tokens": 4.0 * made.load.tokens / max(1.0, made.epochs)}
 
 

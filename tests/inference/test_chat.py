@@ -18,9 +18,9 @@ def one_llama_thread(monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
-def start(folder, *arguments):
-    command = [sys.executable, "-m", "emergency_kit.cli", "infer", "--profile", "embedded", "--checkpoint", str(folder),
-               "--set", f"model.name={folder}", "--set", "model.dtype=float32", *arguments]
+def start(checkpoint, *arguments):
+    command = [sys.executable, "-m", "emergency_kit.cli", "infer", "--profile", "embedded", "--checkpoint", str(checkpoint),
+               "--set", f"model.name={checkpoint}", "--set", "model.dtype=float32", *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0,
                             env=os.environ | {"OMP_NUM_THREADS": "1"})
 
@@ -78,8 +78,8 @@ def test_the_answer_in_process_is_the_answer_alone(folder, capsys):
     assert "does not have the four sections" in shown.err
 
 
-def test_session_in_a_pipe_where_ctrl_c_stops_an_answer_and_not_the_program(folder):
-    run = start(folder, "--max-new-tokens", "4000", "--no-guard")
+def test_session_in_a_pipe_where_ctrl_c_stops_an_answer_and_not_the_program(gguf):
+    run = start(gguf, "--max-new-tokens", "3000", "--no-guard")
     run.stdin.write(b"my house is on fire\n")
     first = read_until(run.stdout, lambda seen: len(seen) > 40)
     run.send_signal(signal.SIGINT)
@@ -104,8 +104,8 @@ def test_ctrl_c_during_a_single_answer_exits_130(folder):
     assert b"error: interrupted; the answer is not whole\n" in err and b"Traceback" not in err
 
 
-def test_session_ends_with_the_input(folder):
-    run = start(folder, "--json", "--max-new-tokens", "4")
+def test_session_ends_with_the_input(gguf):
+    run = start(gguf, "--json", "--max-new-tokens", "4")
     out, err = run.communicate(b"my house is on fire\n\na snake bit me", timeout=60)
     assert run.returncode == 0, err
     assert [bool(json.loads(line)["text"]) for line in out.splitlines()] == [True, True]

@@ -18,7 +18,7 @@ from emergency_kit.training.engine import install_engine
 from emergency_kit.training.memory import Setting, Workload
 from emergency_kit.training.run import train
 from emergency_kit.training.trainer import collate
-from tests.tiny import BUNDLED, WHOLE, save_tiny_model
+from tests.tiny import BUNDLED, save_tiny_model
 
 MISTRAL = load_config("mistral-7b")
 DOCS = Path("docs/Training.md")
@@ -27,7 +27,7 @@ WORK = Workload(tokens=0, longest=0, supervised=0, shared=0, eval_tokens=0, eval
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", tokens=WHOLE)
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -161,7 +161,7 @@ def test_a_finished_model_cannot_be_resumed(run: Path, tiny: Path, tmp_path: Pat
 
 
 def test_ctrl_c_saves_a_checkpoint_that_can_be_resumed(tiny: Path, tmp_path: Path) -> None:
-    settings = [f"model.name={tiny}", "model.dtype=float32", "training.max_steps=400", "training.save_steps=400", "training.eval_steps=400"]
+    settings = [f"model.name={tiny}", "model.dtype=float32", "dataset.build_size=200", "dataset.max_samples=24", "dataset.max_eval_samples=4", "training.max_steps=400", "training.save_steps=400", "training.eval_steps=400"]
     command = [sys.executable, "-u", "scripts/train.py", "--output-dir", str(tmp_path), *(part for item in settings for part in ("--set", item))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120

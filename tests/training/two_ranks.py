@@ -1,11 +1,12 @@
-"""One of two ranks: a step of half the rows each under DistributedDataParallel, whose gradients go to a file.
+"""One of two ranks: a step of half the rows each under DistributedDataParallel, whose gradients go to a file for each engine.
 
-Run twice by test_two_ranks.py: python tests/training/two_ranks.py ENGINE FILE RANK PORT
+Run twice by test_two_ranks.py: python tests/training/two_ranks.py FOLDER RANK PORT
 """
 
 import faulthandler
 import os
 import sys
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,22 @@ from emergency_kit.training.trainer import collate
 from tests.training.test_fused import FAMILIES, ROWS, adapt
 
 
-def main(engine: str, file: str, rank: int, port: int, ranks: int = 2) -> None:
+def main(folder: str, rank: int, port: int, ranks: int = 2) -> None:
     """Every rank takes every second row; the loss is divided by all labels and scaled by ranks, since DDP takes the mean."""
     faulthandler.dump_traceback_later(100, exit=True)  # a rank that waits for ever says where
     store = dist.TCPStore("127.0.0.1", port, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+    for engine in ("fused", "modules"):
+        found = step(engine, rank, ranks)
+        if rank == 0:
+            torch.save(found, f"{folder}/{engine}.pt")
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(ranks)])
+    os._exit(0)  # neither leaves before both are done, and without gloo's teardown: it was seen to wait for a rank that had left
+
+
+def step(engine: str, rank: int, ranks: int) -> dict[str, Any]:
+    """Loss and gradients of one step."""
     torch.manual_seed(7)
     model = adapt(FAMILIES["llama"]())
     loss.install(model.get_base_model(), FusedStep(model.get_base_model(), 2) if engine == "fused" else None)
@@ -35,12 +47,8 @@ def main(engine: str, file: str, rank: int, port: int, ranks: int = 2) -> None:
         value.backward()
     total = value.detach() / ranks
     dist.all_reduce(total)
-    if rank == 0:
-        torch.save({"loss": float(total), "gradients": {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}}, file)
-    store.set(f"done {rank}", "")
-    store.wait([f"done {other}" for other in range(ranks)])
-    os._exit(0)  # neither leaves before both are done, and without gloo's teardown: it was seen to wait for a rank that had left
+    return {"loss": float(total), "gradients": {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
