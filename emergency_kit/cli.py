@@ -635,7 +635,7 @@ def _say(message: str) -> None:
         # What all ranks meet rank 0 has said by now, and the launcher ends the others.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        time.sleep(2)
+        time.sleep(8)
         message = f"rank {ranks.rank()} of {ranks.world()}: {message}"
     print("error: " + redact(" ".join(message.split())), file=sys.stderr)
 
