@@ -172,8 +172,8 @@ def _train_apart(outcome: Outcome, resolved: Resolved, overwrite: bool, scorer: 
 def _side_by_side(folder: Path, planned: list[tuple[Outcome, Resolved]], keys: list[str], overwrite: bool, scorer: Scorer | None, workers: int) -> None:
     devices = _devices()
     pool = Workers(workers, max(1, cores() // workers), devices)
-    print(f"Sweep: {len(planned)} runs, {workers} side by side, {os.environ.get('OMP_NUM_THREADS', pool.threads)} threads each"
-          + (f", on GPUs {', '.join(devices)}" if devices else ""), flush=True)
+    print(f"Sweep: {len(planned)} runs, {workers} side by side, threads of each: {os.environ.get('OMP_NUM_THREADS', pool.threads)}"
+          + (f"; on GPUs {', '.join(devices)}" if devices else ""), flush=True)
     ended = {number: _read(*one) for number, one in enumerate(planned) if _is_finished(*one, overwrite)}
     left = [number for number in range(len(planned)) if number not in ended]
     _warn_of_memory([planned[number][1] for number in left], workers, len(devices))

@@ -108,7 +108,7 @@ class Workers:
                 text, _ = process.communicate(pickle.dumps(os.getpid()) + pickle.dumps(call))
             with self.lock:
                 self.live.discard(process)
-            return pickle.loads(text) if text else Interrupted("stopped at once") if self.stopping else Killed(_how(process.returncode, log))
+            return pickle.loads(text) if text else Interrupted("stopped") if self.stopping else Killed(_how(process.returncode, log))
         finally:
             self.free.put(worker)
 
