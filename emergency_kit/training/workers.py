@@ -93,13 +93,15 @@ class Workers:
                 signal.signal(number, handler)
 
     def _call(self, number: int, call: Callable[[], Any], log: Path) -> Any:
+        if self.stopping:
+            return Interrupted("not begun")
         worker = self.free.get()
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 with self.lock:
-                    if self.stopping:
-                        return Interrupted(STOPPED_EARLY)
+                    if self.stopping:  # meanwhile
+                        return Interrupted("not begun")
                     # A session of its own: Ctrl-C in the terminal reaches the sweep alone, which passes it on once.
                     process = subprocess.Popen([sys.executable, "-P", "-m", __name__], env=self._environment(worker), start_new_session=True,
                                                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file)
@@ -138,8 +140,8 @@ def main() -> None:
         result = error
     except KeyboardInterrupt:
         result = Interrupted(STOPPED_EARLY)
-    pickle.dump(result, answer)
-    answer.close()
+    with contextlib.suppress(BrokenPipeError), answer:  # the sweep's own process may be gone; what a run made is on the disk
+        pickle.dump(result, answer)
 
 
 def _end_with(parent: int) -> None:
