@@ -24,10 +24,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
-from emergency_kit.artifacts import save_json, save_text
+from emergency_kit.artifacts import hardware, save_json, save_text
 from emergency_kit.config import Resolved
 from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError, UsageError
 from emergency_kit.files import check_writable
+from emergency_kit.model.backend import pick_device
 from emergency_kit.model.shape import load_shape
 from emergency_kit.training import lock
 from emergency_kit.training.checkpoint import load_training_state
@@ -196,7 +197,8 @@ def _side_by_side(folder: Path, planned: list[tuple[Outcome, Resolved]], keys: l
                     ended[number] = Outcome(outcome.settings, outcome.folder, failure=str(answer))
             else:
                 raise answer  # as one at a time: what is wrong with the data, the model or the folder is wrong for the others, too
-            _report(folder, _in_order(ended), keys, done=False)
+            if number in ended:
+                _report(folder, _in_order(ended), keys, done=False)
     _report(folder, _in_order(ended), keys, done=len(ended) == len(planned))
     if len(ended) < len(planned):
         raise Interrupted(f"sweep stopped with {len(planned) - len(lacking)} of {len(planned)} runs done; go on with the same command")
@@ -219,16 +221,19 @@ def _devices() -> list[str]:
 
 
 def _warn_of_memory(runs: list[Resolved], workers: int, devices: int) -> None:
-    """Say where the largest runs that may meet need more than is free, every row taken to be of `model.max_seq_length` tokens: most runs need less."""
+    """Say where the largest runs that may meet need more memory than there is, every row taken to be of `model.max_seq_length` tokens: most runs need less."""
+    # By nvidia-smi: to ask through torch would hold half a gigabyte of the first GPU for as long as the sweep lasts.
+    rooms = [float(line.rsplit(",", 1)[1].split()[0]) * 2**20 for line in hardware()["gpus"]] if runs and pick_device(runs[0].config.model) == "cuda" else []
     try:
-        plans = [make(one, load_shape(one.config.model), {}, None, process_bytes=PROCESS_BYTES) for one in runs if one.config.training.method == "sft"]
+        plans = [make(one, load_shape(one.config.model), {}, min(rooms, default=None), process_bytes=PROCESS_BYTES)
+                 for one in runs if one.config.training.method == "sft"]
     except ModelError:  # no formula for such a model, or it is not there; the runs say what is wrong
         return
     meeting = math.ceil(workers / max(1, devices))  # on one GPU, or in this computer's memory
     needed = sum(sorted((plan.peak_bytes for plan in plans), reverse=True)[:meeting])
     if plans and needed > USABLE * plans[0].room_bytes:
-        print(f"Warning: {meeting} runs side by side can need {needed / 1e9:.1f} GB, and {plans[0].room_bytes / 1e9:.1f} GB are free; where memory runs out, the system ends "
-              "a run: fewer --workers, or a smaller training.per_device_train_batch_size", flush=True)
+        print(f"Warning: {meeting} runs side by side can need {needed / 1e9:.1f} GB, and {plans[0].room_bytes / 1e9:.1f} GB are there; "
+              "where memory runs out, the system ends a run: fewer --workers, or a smaller training.per_device_train_batch_size", flush=True)
 
 
 def _shown(settings: dict[str, str]) -> str:

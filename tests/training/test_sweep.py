@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -18,6 +17,7 @@ import torch
 
 from emergency_kit.artifacts import hash_file
 from emergency_kit.config import Resolved, load_config
+from emergency_kit.data.build import build
 from emergency_kit.errors import ConfigError, Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable
 from emergency_kit.training import lock
@@ -28,11 +28,14 @@ from tests.tiny import save_tiny_model
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+    """The model, and beside it a dataset that every run reads instead of building its own."""
+    place = tmp_path_factory.mktemp("models")
+    build(load_config("embedded", settings=["dataset.build_size=200"]), place / "data")
+    return save_tiny_model(place / "tiny")
 
 
 def base(tiny: Path, out: Path) -> list[str]:
-    return [f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", "dataset.grounding=none", "dataset.build_size=200", "dataset.max_samples=4",
+    return [f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", f"dataset.name={tiny.parent / 'data'}", "dataset.grounding=none", "dataset.max_samples=4",
             "dataset.max_eval_samples=2", "training.gradient_accumulation_steps=1", "training.warmup_steps=0", "training.max_steps=2"]
 
 
@@ -97,17 +100,17 @@ def saved_step(run: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in (run / "checkpoints").glob("checkpoint-*")), default=0)
 
 
-def once(ready: Callable[[], bool], act: Callable[[], Any]) -> threading.Thread:
-    """Do something to a sweep under way: it holds the main thread, as signals want it."""
+def once(ready: Callable[[], bool], act: Callable[[], Any]) -> None:
+    """Do something to a sweep under way, from a thread: the sweep has the main one, as signals want it."""
     def watch() -> None:
         until = time.monotonic() + 120
-        while not ready() and time.monotonic() < until:
+        while not ready():
+            if time.monotonic() > until:  # never into a later test
+                return
             time.sleep(0.01)
         act()
 
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def outcome(place: Path) -> Any:
@@ -124,9 +127,6 @@ def test_two_workers_a_killed_one_and_ctrl_c_end_with_the_bits_of_one_worker(
     start(resolve, [*base(tiny, tmp_path / "one")[:-1], *more], None, None, False)
     settings, place = [*base(tiny, tmp_path / "two")[:-1], *more], tmp_path / "two" / "sweep"
     short, long = place / "max_steps-2", place / "max_steps-10"
-    for run in (short, long):
-        for part in ("data", "cache"):  # built once
-            shutil.copytree(tmp_path / "one" / "sweep" / run.name / part, run / part)
     capsys.readouterr()
 
     def kill() -> None:
@@ -135,7 +135,8 @@ def test_two_workers_a_killed_one_and_ctrl_c_end_with_the_bits_of_one_worker(
     once(lambda: saved_step(long) > 0, kill)
     with pytest.raises(TrainingError, match="1 of 2 runs ended before they were done .training.max_steps=10.; the same command goes on"):
         start(resolve, settings, None, None, False, workers=2)
-    assert [(one["settings"]["training.max_steps"], "SIGKILL" in one["failure"]) for one in json.loads((place / "sweep.json").read_text())] == [("2", False), ("10", True)]
+    found = json.loads((place / "sweep.json").read_text())
+    assert [(one["settings"]["training.max_steps"], "SIGKILL" in one["failure"]) for one in found] == [("2", False), ("10", True)]
     said = capsys.readouterr().out
     assert f"threads of each: {share_of_threads}" in said and "Loss:" not in said and "Sweep 1/2: training.max_steps=2: validation loss" in said
     for run in (short, long):
@@ -155,8 +156,8 @@ def test_two_workers_a_killed_one_and_ctrl_c_end_with_the_bits_of_one_worker(
 
 def test_a_call_has_a_process_threads_and_a_gpu_of_its_own_and_a_killed_one_costs_itself_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    calls = [functools.partial(signal.raise_signal, signal.SIGKILL), os.getpid, functools.partial(os.getenv, "OMP_NUM_THREADS"), functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES"),
-             functools.partial(check_writable, Path("/proc/none")), functools.partial(print, "a line")]
+    calls = [functools.partial(signal.raise_signal, signal.SIGKILL), os.getpid, functools.partial(os.getenv, "OMP_NUM_THREADS"),
+             functools.partial(os.getenv, "CUDA_VISIBLE_DEVICES"), functools.partial(check_writable, Path("/proc/none")), functools.partial(print, "a line")]
     ends = {number: answer for number, answer in Workers(2, 3, ["5", "7"]).run(calls, [tmp_path / f"{number}.log" for number in range(len(calls))])}
     assert isinstance(ends[0], Killed) and "SIGKILL" in str(ends[0]) and ends[1] != os.getpid() and ends[2] == "3" and ends[3] in ("5", "7")
     assert isinstance(ends[4], UsageError) and "not writable" in str(ends[4]) and (tmp_path / "5.log").read_text() == "a line\n"
