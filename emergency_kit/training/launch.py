@@ -12,6 +12,7 @@ import os
 import sys
 
 from emergency_kit.errors import Interrupted, UsageError
+from emergency_kit.training.workers import cores
 
 
 def main(arguments: list[str]) -> int:
@@ -24,7 +25,7 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // number)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // number)))
     debug = os.environ.get("EMERGENCY_KIT_DEBUG") == "1"
     if not debug:
         logging.disable(logging.ERROR)
