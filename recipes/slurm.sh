@@ -32,7 +32,7 @@ read -r first_host < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --kill-on-bad-exit=0 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$SLURM_GPUS_ON_NODE" \
   --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$first_host:$((20000 + SLURM_JOB_ID % 10000))" --shutdown-timeout=240 \
-  scripts/train.py --profile mistral-7b --output-dir outputs "$@" &
+  scripts/train.py --profile mistral-7b --set model.backend=hf --output-dir outputs "$@" &
 step=$!
 
 code=0

@@ -166,7 +166,7 @@ def test_the_slurm_script_saves_and_asks_for_its_next_turn(tmp_path: Path, ends:
         if job.poll() is None:
             os.killpg(job.pid, signal.SIGKILL)
     said = calls.read_text().splitlines()
-    assert said[0] == "scontrol show hostnames host[1-2]" and said[1].endswith("scripts/train.py --profile mistral-7b --output-dir outputs --max-steps 5")
+    assert said[0] == "scontrol show hostnames host[1-2]" and said[1].endswith("scripts/train.py --profile mistral-7b --set model.backend=hf --output-dir outputs --max-steps 5")
     assert said[2:] == ([] if ends else ["scancel --signal=TERM 4242", "saved", "scontrol requeue 4242"])
 
 
