@@ -12,6 +12,7 @@ import errno
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -21,6 +22,7 @@ from typer.main import get_command_from_info, get_command_name, get_group
 
 from emergency_kit import terminal
 from emergency_kit.errors import ConfigError, Interrupted, KitError, UsageError, VerdictError
+from emergency_kit.training import ranks
 
 LONG_VERBS = {"train", "sweep", "evaluate", "merge", "export-gguf", "pipeline"}
 
@@ -565,9 +567,11 @@ def main(verb: str | None = None) -> None:
 
 
 def _prepare_process() -> None:
-    """SIGTERM ends as Ctrl-C does, `.env` is read, a narrow terminal encoding replaces what it cannot show, tracebacks hide secrets."""
+    """SIGTERM ends as Ctrl-C does, of several ranks the first alone prints, `.env` is read, a narrow terminal encoding replaces what it cannot show, tracebacks hide secrets."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.excepthook = _show_traceback
+    if not ranks.is_first():
+        sys.stdout = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -600,10 +604,12 @@ def _call(arguments: list[str], name: str, debug: bool) -> int:
     except KitError as error:
         if debug:
             raise
-        _say(str(error))
+        if ranks.is_first() or not isinstance(error, Interrupted):
+            _say(str(error))
         return error.exit_code
     except KeyboardInterrupt:
-        _say("interrupted")
+        if ranks.is_first():
+            _say("interrupted")
         return Interrupted.exit_code
     except typer.Exit as stop:
         return stop.exit_code
@@ -625,6 +631,12 @@ def _say(message: str) -> None:
     from emergency_kit.artifacts import redact
 
     sys.stdout.flush()
+    if not ranks.is_first():
+        # What all ranks meet rank 0 has said by now, and the launcher ends the others.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        time.sleep(2)
+        message = f"rank {ranks.rank()} of {ranks.world()}: {message}"
     print("error: " + redact(" ".join(message.split())), file=sys.stderr)
 
 

@@ -98,6 +98,11 @@ class TrainingConfig(Section):
     many rows as with 2. Alias: `batch_size`."""
     gradient_accumulation_steps: int = Field(default=4, ge=1)
     """Forward passes in one optimizer step. Alias: `gradient_accumulation`."""
+    keep_effective_batch: bool = False
+    """With several processes: divide the accumulation by their number, so that an optimizer step takes as many rows as with one; a run may
+    then be gone on with on another number of them. Off, each process adds its own rows to a step."""
+    rank_timeout_seconds: float = Field(default=1800, gt=0)
+    """With several processes: how long one waits for another, to begin, to prepare data or to exchange gradients, before the run ends."""
     per_device_eval_batch_size: int = Field(default=4, ge=1)
     """Rows in one forward pass when the validation loss is measured."""
     warmup_steps: int = Field(default=100, ge=0)

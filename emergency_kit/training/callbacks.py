@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from emergency_kit.artifacts import redact
 from emergency_kit.config import TrainingConfig
+from emergency_kit.training import ranks
 from emergency_kit.training.best import best_evaluation, is_exhausted, validation_history
 from emergency_kit.training.curves import Smoothed
 from emergency_kit.training.gauge import describe_gpu
@@ -41,16 +42,19 @@ QUIET_SECONDS = 15
 
 
 def open_log(folder: Path, console: Console) -> None:
-    """Send LOG to the console and to `folder/training.log` (5 files of 2 MB at most)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Send LOG to the console and to `folder/training.log` (5 files of 2 MB at most); on other ranks than the first, nowhere."""
     close_log()
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    if not ranks.is_first():
+        LOG.addHandler(logging.NullHandler())
+        return
+    folder.mkdir(parents=True, exist_ok=True)
     file = _LogFile(folder / "training.log", maxBytes=2_000_000, backupCount=4, encoding="utf-8")
     screen = _ConsoleHandler(console)
     for handler in (file, screen):
         handler.setFormatter(LINE)
         LOG.addHandler(handler)
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
 
 
 def close_log() -> None:

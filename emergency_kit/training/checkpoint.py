@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from emergency_kit.artifacts import save_json, save_manifest, verify_folder
 from emergency_kit.config import Resolved
-from emergency_kit.errors import Interrupted, ModelError, TrainingError
+from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError
 from emergency_kit.files import folder_bytes, free_bytes, staged_folder
 from emergency_kit.model.backend import base_name, save_trained
+from emergency_kit.training import ranks
 from emergency_kit.training.best import best_evaluation, validation_history
 
 if TYPE_CHECKING:
@@ -81,10 +82,22 @@ class RunFacts:
 
 
 def save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None] = lambda folder: None, summary: dict[str, Any] | None = None) -> None:
-    """Write a checkpoint whole; `fill` adds its own files. What the disk refuses is tried again `training.save_retries` times.
+    """Write a checkpoint whole, on rank 0; `fill` adds its own files. What the disk refuses is tried again `training.save_retries` times.
 
     Raises TrainingError, or Interrupted where a stop was asked for meanwhile; the checkpoints of before are as they were.
     """
+    failure: KitError | None = None
+    if ranks.is_first():
+        try:
+            _save(trainer, folder, fill, summary)
+        except (TrainingError, Interrupted) as error:
+            failure = error
+    failure = ranks.shared(failure)
+    if failure is not None:
+        raise failure
+
+
+def _save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None], summary: dict[str, Any] | None) -> None:
     from emergency_kit.training.callbacks import LOG
 
     facts, training = trainer.facts, trainer.facts.resolved.config.training
@@ -158,7 +171,7 @@ def training_state(trainer: "KitTrainer", summary: dict[str, Any] | None) -> dic
         "data_order": {"epoch": int(state.epoch or 0), "rows": facts.rows, "step_rows": facts.step_rows,
                        "rows_seen": state.global_step * facts.step_rows},
         **dataclasses.asdict(facts.counters), "compute_type": facts.compute_type, "pieces": facts.pieces, "pass_rows": facts.pass_rows, "wall_seconds": facts.wall_seconds,
-        "run_id": facts.run_id, "identity": facts.identity, "loss_carry": trainer.loss_carry(), "evaluation_due": trainer.evaluation_due,
+        "run_id": facts.run_id, "identity": facts.identity, "processes": ranks.world(), "loss_carry": trainer.loss_carry(), "evaluation_due": trainer.evaluation_due,
         "best_metric": min((entry["loss"] for entry in validation), default=None),
         "loss_history": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in losses],
         "validation_history": validation,

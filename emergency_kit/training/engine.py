@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from emergency_kit.config import ModelSection, Resolved, TrainingConfig
 from emergency_kit.errors import TrainingError
 from emergency_kit.model.backend import pick_device
+from emergency_kit.training.ranks import world
 from emergency_kit.training.schedule import step_rows, warmup_steps
 
 # Under which trackers file the runs.
@@ -124,6 +125,7 @@ def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fu
             use_liger_kernel=not fused and not owns_loss and device == "cuda" and has_liger(),
             liger_kernel_config={"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": False},
             # Checkpointing is switched on by the backend, on the model itself.
-            gradient_checkpointing=False)
+            gradient_checkpointing=False, ddp_timeout=int(training.rank_timeout_seconds), ddp_find_unused_parameters=False if world() > 1 else None,
+            accelerator_config={"use_configured_state": world() > 1})
     except (ValueError, ImportError) as error:
         raise TrainingError(f"training settings: {str(error).splitlines()[0]}") from None

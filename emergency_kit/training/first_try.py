@@ -16,6 +16,7 @@ import torch
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.model.backend import memory_bytes
+from emergency_kit.training import ranks
 from emergency_kit.training.callbacks import LOG
 from emergency_kit.training.fit import keep_layers
 from emergency_kit.training.loss import unpadded
@@ -45,8 +46,9 @@ def try_longest(trainer: "KitTrainer", load: "Load") -> None:
             torch.save([[parameter for parameter in trainer.model.parameters() if parameter.requires_grad], standing], nowhere)
         if trainer.fused is not None and trainer.config.gradient_checkpointing == "auto" and trainer.facts.pieces == 1:
             rows = unpadded(batch["input_ids"], batch["labels"], batch["attention_mask"])
-            number = keep_layers(trainer.fused, rows, trainer.config.max_gpu_memory_gb)
+            number = trainer.fused.kept_layers = -ranks.most(-keep_layers(trainer.fused, rows, trainer.config.max_gpu_memory_gb))
             LOG.info("Activations of %d of %d layers are kept, those of the others made again on the way back", number, len(trainer.fused.layers))
+        trainer.facts.pieces = ranks.most(trainer.facts.pieces)
     finally:
         if trainer.fused is not None:
             trainer.fused.largest_pass_only = False

@@ -22,6 +22,8 @@ from emergency_kit.artifacts import save_json
 from emergency_kit.errors import UsageError
 
 RECORD = ".training.json"
+# A process that was killed while it started another (`uname`, say) leaves its lock to that one until it has begun.
+LAST_BREATH_SECONDS = 10
 
 
 class RunRecord:
@@ -48,7 +50,12 @@ def hold(folder: Path, say: Callable[[str], None]) -> Iterator[RunRecord]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".training.lock")
     try:
-        lock.acquire(timeout=0)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not _has_ended(_read(folder)):
+                raise
+            lock.acquire(timeout=LAST_BREATH_SECONDS)
     except Timeout:
         holder = _read(folder)
         raise UsageError(f"output folder {folder}: another run is training into it (process {holder.get('pid', 'unknown')} on host {holder.get('host', 'unknown')}, "
@@ -68,6 +75,19 @@ def hold(folder: Path, say: Callable[[str], None]) -> Iterator[RunRecord]:
                 save_json(folder / RECORD, record.known | {"ended": True})
     finally:
         lock.release()
+
+
+def _has_ended(holder: dict[str, Any]) -> bool:
+    """Whether the process in a record was one of this machine and is no more."""
+    if holder.get("host") != socket.gethostname() or not isinstance(holder.get("pid"), int):
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:  # another user's
+        return False
+    return False
 
 
 def known_run(folder: str | Path) -> str | None:

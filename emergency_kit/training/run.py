@@ -27,11 +27,11 @@ from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable, folder_bytes, remove_leftovers
 from emergency_kit.model.backend import base_name, beyond_unsloth, choose, load_tokenizer, peak_memory_bytes, pick_device, require_base
-from emergency_kit.training import checkpoint, lock, resume
+from emergency_kit.training import checkpoint, lock, ranks, resume
 from emergency_kit.training.best import best_evaluation, validation_history
 from emergency_kit.training.engine import PROJECT, beyond_plain_loss, causal_lm_of
 from emergency_kit.training.plan import plan as say_plan
-from emergency_kit.training.schedule import check_schedule, step_rows
+from emergency_kit.training.schedule import check_schedule, pass_rows, passes, step_rows
 from emergency_kit.training.stopping import Stop, StopRequested
 
 Scorer = Callable[[Resolved, Any], Callable[[Any, Callable[[], None]], dict[str, float]]]
@@ -49,7 +49,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     here to the config's over the whole run, evenly in its logarithm (a range test). Raises UsageError for an output that is in
     the way, in use or not writable, DataError, ModelError, TrainingError, and Interrupted after a stop that saved a checkpoint.
     """
-    console = Console(highlight=False, soft_wrap=True, markup=False)
+    console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not ranks.is_first())
     config = resolved.config
     # Before anything imports transformers, which Unsloth patches.
     choice = choose(config.model, beyond_plain_loss(config.training) or beyond_unsloth(config.model, config.lora, config.training.finetuning_type == "full"))
@@ -63,17 +63,23 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
             say_plan(resolved, rows=run.rows)
         console.print("Dry run: no model was loaded, and nothing written beyond the dataset and its tokens.")
         return output / "checkpoints" / resolved.config.training.model_name
-    check_writable(output / "checkpoints")
-    with lock.hold(output, console.print) as record:
-        remove_leftovers(output / "checkpoints")
-        run = _prepare(resolved, resume_from, overwrite, accept_changes, record, console)
+    if ranks.is_first():
+        check_writable(output / "checkpoints")
+    ranks.join(pick_device(config.model), config.training.rank_timeout_seconds)
+    with lock.hold(output, console.print) if ranks.is_first() else contextlib.nullcontext() as record:
+        if ranks.is_first():
+            remove_leftovers(output / "checkpoints")
+        run = ranks.first_then_others(lambda: _prepare(resolved, resume_from, overwrite, accept_changes, record, console), "preparing data",
+                                      config.training.rank_timeout_seconds)
         run.scorer, run.rising_from = scorer, rising_from
-        return _run(run)
+        final = _run(run)
+        ranks.wait("the end", config.training.rank_timeout_seconds)
+        return final
 
 
 @dataclass
 class _Run:
-    """What a run is made of, before a model is loaded. record: None in a dry run."""
+    """What a run is made of, before a model is loaded. record: None in a dry run, and on other ranks than the first."""
 
     resolved: Resolved
     rows: dict[str, Any]
@@ -107,9 +113,9 @@ def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, acce
             for name, split in splits.items()}
     plan = plan_steps(resolved, len(rows["train"]))
     check_schedule(resolved.config, plan["steps"])
-    kind = "pairs" if resolved.config.training.method == "dpo" else "records"
+    config, kind = resolved.config.training, "pairs" if resolved.config.training.method == "dpo" else "records"
     console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation {kind}, "
-                  f"effective batch {plan['effective_batch']}, {plan['steps']} steps over {plan['epochs']:g} epochs")
+                  f"effective batch {plan['effective_batch']} ({pass_rows(config)} rows x {passes(config)} passes x {ranks.world()} {'process' if ranks.world() == 1 else 'processes'}), {plan['steps']} steps over {plan['epochs']:g} epochs")
     for warning in foresee(resolved.config.training, plan["steps"]) if record else ():  # a dry run's plan says them, too
         console.print(f"Warning: {warning}")
     identity = resume.build_identity(resolved, rows, tokenizer, plan)
@@ -152,8 +158,8 @@ def placed_trackers(logs: Path) -> Iterator[None]:
 def plan_steps(resolved: Resolved, rows: int) -> dict[str, Any]:
     """Effective batch, optimizer steps and epochs of a run, as the Trainer will count them."""
     training = resolved.config.training
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    steps_per_epoch = max(1, math.ceil(math.ceil(rows / world) / step_rows(training)))
+    world = ranks.world()
+    steps_per_epoch = max(1, math.ceil(rows / (step_rows(training) * world)))
     steps = training.max_steps or math.ceil(training.num_epochs * steps_per_epoch)
     return {"effective_batch": step_rows(training) * world, "steps_per_epoch": steps_per_epoch, "steps": steps, "epochs": steps / steps_per_epoch}
 
@@ -167,6 +173,12 @@ def _run(run: _Run) -> Path:
         with Stop() as stop, placed_trackers(logs):
             callbacks.LOG.info("Starting training...")
             return _train(run, stop)
+    except RuntimeError as error:
+        if gone := ranks.lost(error):
+            callbacks.LOG.error("Training stopped: %s", gone)
+            raise TrainingError(gone) from error
+        callbacks.LOG.error("Training stopped: %s", error)
+        raise
     except BaseException as error:
         callbacks.LOG.error("Training stopped: %s", str(error) or type(error).__name__) if not isinstance(error, Interrupted) else None
         raise
@@ -197,7 +209,7 @@ def _train(run: _Run, stop: Stop) -> Path:
     if training.per_device_train_batch_size == "auto" and not state.get("pass_rows"):
         pass_rows = fit.fit_pass(loaded, training, fused, rows["train"], engine.compute_type(model))
     facts = checkpoint.RunFacts(
-        resolved=run.resolved, dataset_hash=run.data_hash, tokenizer=loaded.tokenizer, identity=run.identity, run_id=run.record.begin(state.get("run_id")),
+        resolved=run.resolved, dataset_hash=run.data_hash, tokenizer=loaded.tokenizer, identity=run.identity, run_id=run.record.begin(state.get("run_id")) if run.record else "",
         compute_type=str(engine.compute_type(model)).removeprefix("torch."), rows=len(rows["train"]), step_rows=run.plan["effective_batch"],
         resumed_from=run.start.checkpoint, stale=run.start.stale, place=checkpoint.place_of(run.final.parent), pieces=int(state.get("pieces", 1)),
         pass_rows=pass_rows, first=loaded.first)

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from typing import Any
 
 from emergency_kit.config import Config, TrainingConfig
 from emergency_kit.config_training import OPTIMIZERS_OF_TORCH
 from emergency_kit.errors import TrainingError
+from emergency_kit.training import ranks
 
 
 def pass_rows(training: TrainingConfig) -> int:
@@ -23,7 +23,12 @@ def pass_rows(training: TrainingConfig) -> int:
 
 def step_rows(training: TrainingConfig) -> int:
     """Rows of an optimizer step on one device; `auto` divides another way what 2 rows a pass would make."""
-    return pass_rows(training) * training.gradient_accumulation_steps
+    return pass_rows(training) * passes(training)
+
+
+def passes(training: TrainingConfig) -> int:
+    """Forward passes of an optimizer step on one device."""
+    return training.gradient_accumulation_steps // (ranks.world() if training.keep_effective_batch else 1)
 
 
 def interval(given: float, steps: int) -> int:
@@ -39,7 +44,10 @@ def warmup_steps(training: TrainingConfig, steps: int) -> int:
 def check_schedule(config: Config, steps: int) -> None:
     """Raise TrainingError for an optimizer whose package is missing, a schedule that does not take its settings, or `auto` among several ranks."""
     training = config.training
-    if training.per_device_train_batch_size == "auto" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if training.keep_effective_batch and training.gradient_accumulation_steps % ranks.world():
+        raise TrainingError(f"training.keep_effective_batch: {ranks.world()} processes cannot share {training.gradient_accumulation_steps} passes evenly; "
+                            f"set training.gradient_accumulation_steps to a multiple of {ranks.world()}, or start another number of processes")
+    if training.per_device_train_batch_size == "auto" and ranks.world() > 1:
         raise TrainingError("training.per_device_train_batch_size: auto is for one process, since ranks must divide a step alike; set a number")
     if training.optim not in OPTIMIZERS_OF_TORCH and importlib.util.find_spec("bitsandbytes") is None:
         raise TrainingError(f"training.optim: {training.optim} needs the package bitsandbytes; next: pip install '.[gpu]', or one of {', '.join(OPTIMIZERS_OF_TORCH)}")

@@ -16,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 from emergency_kit.errors import Interrupted
+from emergency_kit.training import ranks
 
 
 class StopRequested(Exception):
@@ -50,7 +51,8 @@ class Stop:
         if not self.running:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)
-        sys.stderr.write("\nStopping: the pass under way is finished, then the run is saved; once more stops at once.\n")
+        if ranks.is_first():
+            sys.stderr.write("\nStopping: the pass under way is finished, then the run is saved; once more stops at once.\n")
 
     def check(self) -> None:
         """Raise StopRequested where a stop was asked for."""

@@ -12,22 +12,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import Trainer, TrainerCallback
 
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.data.tokenize import IGNORE, TokenRows
 from emergency_kit.errors import TrainingError
-from emergency_kit.training import best, checkpoint, end_to_end, preference, schedule
+from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule
 from emergency_kit.training.callbacks import LOG, BestCallback
 from emergency_kit.training.engine import causal_lm_of
 from emergency_kit.training.gauge import Gauge
+from emergency_kit.training.stopping import StopRequested
 
 if TYPE_CHECKING:
     from emergency_kit.training.fused.step import FusedStep
@@ -51,12 +53,11 @@ class StepSampler(Sampler[int]):
     """Shuffled by seed and epoch, then sorted by length within each optimizer step.
 
     The rows of a step stay the same, so its gradient does too; only the padding between its forward
-    passes goes away. step_rows: rows of one optimizer step over accumulation and ranks. deal: ranks among which a step is
-    dealt row by row where each takes its rows in one batch, so that none gets all the long ones.
+    passes goes away. step_rows: rows of one optimizer step over accumulation and ranks.
     """
 
-    def __init__(self, lengths: Any, step_rows: int, seed: int, deal: int = 1):
-        self.lengths, self.step_rows, self.seed, self.deal, self.epoch = lengths, step_rows, seed, deal, 0
+    def __init__(self, lengths: Any, step_rows: int, seed: int):
+        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the shuffle of an epoch, counted from 0."""
@@ -68,13 +69,39 @@ class StepSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
         for start in range(0, len(order), self.step_rows):
-            step = sorted(order[start:start + self.step_rows], key=lambda row: (-int(self.lengths[row]), row))
-            for rank in range(self.deal):
-                yield from step[rank::self.deal]
+            yield from sorted(order[start:start + self.step_rows], key=lambda row: (-int(self.lengths[row]), row))
+
+
+class RankBatches:
+    """Of each step's rows (`StepSampler`'s), the batches of one rank; each rank has as many, so that they exchange gradients as often.
+
+    rows: of a batch. Where a last step has fewer rows than there are ranks, some get a batch without any (`collate` makes one of it that
+    counts nothing): no row is taken twice or left out in an epoch, and a step's rows are the same whatever the number of ranks.
+    """
+
+    def __init__(self, sampler: StepSampler, rows: int, rank: int, world: int):
+        self.sampler, self.rows, self.rank, self.world = sampler, rows, rank, world
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the shuffle of an epoch, counted from 0."""
+        self.sampler.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.sampler.step_rows)
+        together = self.rows * self.world
+        return whole * (self.sampler.step_rows // together) + -(-rest // together)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, together = list(self.sampler), self.rows * self.world
+        for start in range(0, len(order), self.sampler.step_rows):
+            step = order[start:start + self.sampler.step_rows]
+            for first in range(0, len(step), together):
+                yield step[first:first + together][self.rank::self.world]
 
 
 def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels."""
+    """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels. Of no rows, one of a single token without a label."""
+    rows = rows or [{"input_ids": [pad_id], "labels": [IGNORE]}]
     longest = max(len(row["input_ids"]) for row in rows)
 
     def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
@@ -115,7 +142,8 @@ class KitTrainer(Trainer):
     resumed: training_state.json of the checkpoint that the run goes on from, empty for a new run. score: metrics of answers that the model
     generates, measured with every validation loss. rising_from: see `create_scheduler`. before_training: called once all is ready for the first
     step. evaluation_due: the last step is trained, its validation loss not yet measured. step_loss: of the step under way, as far as its
-    passes are done; last_loss: of the last whole one. trying: rows are only tried for their memory.
+    passes are done; last_loss: of the last whole one. trying: rows are only tried for their memory. stops: how many ranks were asked to stop by the last
+    batch; carried: the losses not logged yet, as a mean over ranks.
     """
 
     def __init__(self, *args: Any, facts: "checkpoint.RunFacts", stop: "Stop", pad_id: int, fused: "FusedStep | None" = None,
@@ -129,7 +157,7 @@ class KitTrainer(Trainer):
         self.unit = 2 if self.config.method == "dpo" else 1  # rows that stay together
         super().__init__(*args, data_collator=plain if self.unit == 1 else lambda pairs: preference.collate_pairs(pairs, plain), **options)
         self.stop, self.fused, self.resumed = stop, fused, resumed or {}
-        self.before_training, self.trying = before_training, False
+        self.before_training, self.trying, self.stops, self.carried = before_training, False, 0, 0.0
         self.evaluation_due, self.score = False, score
         self.step_loss, self.last_loss = torch.zeros((), device=self.args.device), float("nan")
         if fused is not None:
@@ -146,13 +174,35 @@ class KitTrainer(Trainer):
         if self.model.training:
             if done and not self.trying:
                 self.callback_handler.on_substep_end(self.args, self.state, self.control)
+            if self.args.world_size == 1:
+                self.stop.check()
+
+    def check_stop(self) -> None:
+        """Raise StopRequested where a stop was asked for; of several ranks all do, after the batch in which one was asked."""
+        if self.args.world_size == 1:
             self.stop.check()
+        elif self.stops:
+            raise StopRequested
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         step_rows = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self.sampler = StepSampler(dataset.rows.lengths, step_rows, self.args.seed, deal=self.args.world_size if self.fused else 1)
+        self.sampler = StepSampler(dataset.rows.lengths, step_rows, self.args.seed)
         return self.sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The Trainer's own; of several ranks, this one's share of every step, which accelerate would fill up with rows taken twice."""
+        if self.args.world_size == 1:
+            return super().get_train_dataloader()
+        batches = RankBatches(self._get_train_sampler(), self.args.train_batch_size, self.args.process_index, self.args.world_size)
+        return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The Trainer's own; of several ranks, every so-manieth row from this one's on."""
+        if self.args.world_size == 1:
+            return super().get_eval_dataloader(eval_dataset)
+        rows = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
+        return DataLoader(Subset(self.eval_dataset, rows), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, but in LoRA+'s groups where `lora.loraplus_lr_ratio` is set."""
@@ -189,7 +239,8 @@ class KitTrainer(Trainer):
         found, training, started = [], self.model.training, time.monotonic()
         self.model.eval()
         for index in range(len(dataset)):
-            self.stop.check()
+            if self.args.world_size == 1:
+                self.stop.check()
             batch = self._prepare_inputs(self.data_collator([dataset[index]]))
             del batch["reference"]
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -203,8 +254,9 @@ class KitTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a batch, in `facts.pieces` parts. Where memory runs out, they are doubled and the batch is taken
         again from the same gradients and random states. Raises TrainingError when a single row does not fit."""
-        self.stop.check()
+        self.check_stop()
         gradients, drawn = self._gradients(), random_states()
+        computed = self.facts.counters.tokens_computed
         while True:
             started = time.perf_counter()
             try:
@@ -218,8 +270,15 @@ class KitTrainer(Trainer):
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         counters = self.facts.counters
-        counters.tokens_seen += int(inputs["attention_mask"].sum())
-        counters.supervised_tokens_seen += int((inputs["labels"] != IGNORE).sum())
+        supervised = int((inputs["labels"] != IGNORE).sum())
+        seen = int(inputs["attention_mask"].sum()) if inputs["labels"].shape[1] > 1 else 0  # one of a single token stands for no row
+        if self.trying:
+            counters.tokens_seen, counters.supervised_tokens_seen = counters.tokens_seen + seen, counters.supervised_tokens_seen + supervised
+        else:
+            seen, supervised, computed_now, self.stops = map(int, ranks.total(seen, supervised, counters.tokens_computed - computed, self.stop.requested is not None))
+            counters.tokens_seen += seen
+            counters.supervised_tokens_seen += supervised
+            counters.tokens_computed = computed + computed_now
         counters.step_seconds += time.perf_counter() - started
         self.step_loss = self.step_loss + loss.detach()
         return loss
@@ -227,8 +286,8 @@ class KitTrainer(Trainer):
     def _step_in_pieces(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         parts, total = self._parts(inputs), None
         for number, part in enumerate(parts, 1):
-            # Ranks exchange gradients once, with the last part.
-            with contextlib.nullcontext() if number == len(parts) else self.accelerator.no_sync(model):
+            # Ranks exchange gradients once, with the last part; none when rows are only tried.
+            with contextlib.nullcontext() if number == len(parts) and not self.trying else self.accelerator.no_sync(model):
                 loss = super().training_step(model, part, num_items_in_batch)
             if self.fused is not None:
                 self.facts.counters.tokens_computed += self.fused.last_plan.tokens
@@ -252,12 +311,13 @@ class KitTrainer(Trainer):
         training = self.model.training
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
-            self.stop.check()
+            if self.args.world_size == 1:  # ranks stop together, at the next step
+                self.stop.check()
             sums += torch.tensor(self._eval_batch(self._prepare_inputs(inputs)), dtype=torch.float64)
         scores = self._scores()
         self.model.train(training)
         set_random_states(self.boundary["random"])
-        total, count, right = self.accelerator.reduce(sums.to(self.args.device), "sum").tolist()
+        total, count, right = ranks.total(*sums.tolist())
         metrics = {f"{metric_key_prefix}_loss": total / count, **{f"{metric_key_prefix}_{name}": value for name, value in scores.items()}}
         if self.unit == 2:
             metrics[f"{metric_key_prefix}_preferred"] = right / count
@@ -305,6 +365,9 @@ class KitTrainer(Trainer):
             self.fused.keep_none()
             LOG.warning("Out of memory at step %d: no layer's activations are kept from here on", step)
             return
+        if self.args.world_size > 1 and not self.trying:
+            raise TrainingError(f"out of memory at step {step} on rank {self.args.process_index} of {self.args.world_size}, which cannot take a step again alone; lower "
+                                "training.per_device_train_batch_size (and raise gradient_accumulation_steps as much); the same command goes on from the last checkpoint") from None
         if self.facts.pieces >= rows:
             raise TrainingError(f"out of memory at step {step} with a single row of up to {inputs['input_ids'].shape[1]} tokens; "
                                 "lower model.max_seq_length, or switch on training.gradient_checkpointing") from None
@@ -329,14 +392,14 @@ class KitTrainer(Trainer):
 
     def loss_carry(self) -> dict[str, float]:
         """Losses since the last logged one, which the next one is a mean of."""
-        return {"sum": float(self._tr_loss), "total": self._total_loss_scalar, "logged_step": self._globalstep_last_logged}
+        return {"sum": float(self._tr_loss) if self.args.world_size == 1 else self.carried, "total": self._total_loss_scalar, "logged_step": self._globalstep_last_logged}
 
     def save_stopped(self) -> Path | None:
         """Save the last whole step, unless a checkpoint of it stands there; None before the first step."""
         if not self.state.global_step:
             return None
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if folder in self.facts.stale or not folder.exists() or verify_folder(folder):
+        if ranks.shared(folder in self.facts.stale or not folder.exists() or bool(verify_folder(folder))):
             self.model.zero_grad()
             set_random_states(self.boundary["random"])
             self.facts.counters, self.current_flos = self.boundary["counters"], self.boundary["flos"]
@@ -347,15 +410,28 @@ class KitTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self.store_flos()
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        states = ranks.gathered(self._random_file()) if self.args.world_size > 1 else []
+        self.carried = ranks.total(float(self._tr_loss))[0] / ranks.world()
 
         def fill(temporary: Path) -> None:
             self._save_optimizer_and_scheduler(str(temporary))
             self._save_scaler(str(temporary))
-            self._save_rng_state(str(temporary))
+            if self.args.world_size == 1:
+                self._save_rng_state(str(temporary))
+            for name, content in states:
+                (temporary / name).write_bytes(content)
             self.state.save_to_json(str(temporary / "trainer_state.json"))
 
         checkpoint.save(self, folder, fill)
-        checkpoint.prune(Path(self.args.output_dir), self.facts, folder, best.validation_history(self.state))
+        if ranks.is_first():
+            checkpoint.prune(Path(self.args.output_dir), self.facts, folder, best.validation_history(self.state))
+
+    def _random_file(self) -> tuple[str, bytes]:
+        """`(name, content)` of the file with this rank's random states, as the Trainer writes and reads it."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_rng_state(folder)
+            file = next(Path(folder).iterdir())
+            return file.name, file.read_bytes()
 
 
 class _RunCallback(TrainerCallback):
