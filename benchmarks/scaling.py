@@ -164,7 +164,7 @@ def tables(price: float = 1.0) -> str:
     seconds = ", ".join(f"{model} {whole[model, 'DDP, NF4'].seconds:.1f} (NF4), {whole[model, 'DDP, bf16'].seconds:.1f} (bf16), {whole[model, 'FSDP, bf16'].seconds:.1f} (bf16, "
                         "`modules`)" for model in MODELS)
     adapters = ", ".join(f"{model} {whole[model, 'DDP, NF4'].gradient_bytes / 1e6:.0f} MB" for model in MODELS)
-    return "\n".join([f"Gradients of the adapters: {adapters}. Seconds of a GPU's arithmetic in a step of 8 rows: {seconds}.", "", *lines]).rstrip()
+    return "\n".join([f"Gradients of the adapters: {adapters}.", f"Seconds of a GPU's arithmetic in a step of 8 rows: {seconds}.", "", *lines]).rstrip()
 
 
 MARKS = "<!-- tables of benchmarks/scaling.py -->", "<!-- end of tables -->"
