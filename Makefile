@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers bench-gpu bench-scaling setup-gpu prove-gpu-install
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -45,8 +45,8 @@ prove-gpu-install: setup ## Let pip resolve the gpu extra with the pins of requi
 verify: setup ## Check the environment: packages, model, tokenizer, GPU, disk
 	@$(KIT) verify $(ARGS)
 
-train: setup ## Train LoRA adapters (outputs/checkpoints/final)
-	@$(KIT) train $(ARGS)
+train: setup ## Train LoRA adapters (outputs/checkpoints/final); NPROC=4 with four processes on this machine
+	@$(if $(NPROC),$(VENV)/bin/python -m emergency_kit.training.launch $(NPROC),$(KIT) train) $(ARGS)
 
 plan: setup ## Say what training will take before it loads anything: steps, time, memory, disk (ARGS="--gpu 16GB --fit" for a card that is not here)
 	@$(KIT) plan $(ARGS)
@@ -177,6 +177,9 @@ fuzz-serve: setup $(VENV)/installed-test.txt ## 100,000 fuzzed requests to a ser
 test: setup $(VENV)/installed-test.txt ## Run the tests
 	@bash tests/install_browser.sh
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed (five minutes)
+	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py $(ARGS)
 
 storm: setup ## Pull the plug at least 200 times, plant faults, damage and 500,000 mutated inputs (two hours; installs wandb into .venv; some parts need root and cc)
 	@$(PIP) wandb

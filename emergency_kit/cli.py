@@ -118,12 +118,13 @@ def sweep(
     lr_range: Annotated[Optional[str], Option(help="Instead: one short run whose learning rate rises from LOW to HIGH (a range test).", metavar="LOW:HIGH")] = None,
     output_dir: OutputDir = None, config: ConfigPath = None, profile: Profile = "auto",
     max_steps: Annotated[Optional[int], Option(help="Optimizer steps of each run.")] = None,
+    workers: Annotated[int, Option(help="Runs side by side, each in a process of its own with its share of the cores; N runs need N times the memory.", min=1, metavar="N")] = 1,
     overwrite: Overwrite = False, debug: Debug = False,
 ) -> None:
     """Train every combination of settings and rank them by validation loss (outputs/sweep/sweep.md)."""
     from emergency_kit.training.sweep import start
 
-    start(lambda settings: _resolve(profile, config, settings, training__max_steps=max_steps), set_ or [], output_dir, lr_range, overwrite, _scorer)
+    start(lambda settings: _resolve(profile, config, settings, training__max_steps=max_steps), set_ or [], output_dir, lr_range, overwrite, _scorer, workers)
 
 
 @app.command()
@@ -635,7 +636,7 @@ def _say(message: str) -> None:
         # What all ranks meet rank 0 has said by now, and the launcher ends the others.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
-        time.sleep(2)
+        time.sleep(8)
         message = f"rank {ranks.rank()} of {ranks.world()}: {message}"
     print("error: " + redact(" ".join(message.split())), file=sys.stderr)
 

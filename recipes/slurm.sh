@@ -5,8 +5,8 @@
 # Arguments go to scripts/train.py; sbatch's own options win over those below. First, once: make setup-gpu CUDA=13.
 #
 # Checked: bash -n, shellcheck, train's flags, and the way from the signal to the requeue with stand-ins for srun, scancel and scontrol
-# (tests/test_recipes.py). Not run on a cluster. It relies on two of Slurm's habits: scancel --signal reaches the steps and not this
-# script, and of a step it reaches torchrun alone (cgroup.conf's SignalChildrenProcesses, off by default), which passes it on to its ranks.
+# (tests/test_recipes.py). Not run on a cluster. It relies on a habit of Slurm's: scancel --signal reaches the steps and not this script. In a
+# step torchrun passes the signal on to its ranks, who take it as one where a site has Slurm send it to them, too.
 #SBATCH --job-name=emergency-kit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,8 +1,8 @@
 """Several ranks of one run: which this one is, that rank 0 goes first, and what all of them agree on.
 
 In: the environment that torchrun and `accelerate launch` set (RANK, WORLD_SIZE, LOCAL_RANK). Out: a joined process group, and small exchanges
-over gloo beside the gradients'. Alone, every function answers at once without torch's distribution. Limits: ranks share the output folder;
-what a rank waits for it waits for `training.rank_timeout_seconds` at most, and says who was missing.
+over gloo beside the gradients'. Alone, every function answers at once without torch's distribution. Limits: ranks share the output folder, and
+each holds the whole model (DDP); what a rank waits for it waits for `training.rank_timeout_seconds` at most, and says who was missing.
 """
 
 from __future__ import annotations
@@ -38,6 +38,10 @@ def join(device: str, timeout_seconds: float) -> None:
     """Make the process group, unless there is one or this process is alone; a rank's GPU is the one of its LOCAL_RANK. Raises TrainingError
     where the others are not reached in time."""
     global _control
+    sharded = next((name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
+    if sharded:
+        raise TrainingError(f"ranks: {sharded}, which divides the model among GPUs, is not built in; every GPU must hold the model: "
+                            "accelerate launch --config_file configs/accelerate/ddp.yaml, or torchrun")
     if world() == 1 or _control is not None:
         return
     import torch

@@ -19,6 +19,10 @@ from emergency_kit.errors import Interrupted
 from emergency_kit.training import ranks
 
 
+# torchrun passes on to its processes what the terminal has already sent them.
+ECHO_SECONDS = 2.0
+
+
 class StopRequested(Exception):
     """The run is to end here; the trainer is between two passes."""
 
@@ -29,7 +33,7 @@ class Stop:
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         self.running = False
-        self.signals = 0
+        self.signals, self.first = 0, 0.0
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Stop":
@@ -43,11 +47,14 @@ class Stop:
             signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        if self.signals and ranks.world() > 1 and time.monotonic() - self.first < ECHO_SECONDS:
+            return
         self.signals += 1
         if self.signals > 1:
             # An exception could be caught on its way, or come too late within a long computation.
             os.write(2, b"\nStopped at once; the checkpoints saved so far are whole, the same command goes on from the last one.\n")
             os._exit(Interrupted.exit_code)
+        self.first = time.monotonic()
         if not self.running:
             raise KeyboardInterrupt
         self.requested = signal.Signals(number)

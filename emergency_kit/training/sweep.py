@@ -2,32 +2,45 @@
 
 In: settings of which some list several values (`--set training.learning_rate=1e-4,3e-4`). Out: a run each under
 `<output_dir>/sweep/`, one table on the console, in `sweep.md` and in `sweep.json`. Every combination is checked before the first run; a run
-that is finished is taken as it stands, one that was stopped is gone on with, one that diverges is a line of the table.
-Limits: one run at a time; losses compare where the validation tokens are the same, and it is said where they are not; on a CPU the peak
+that is finished is taken as it stands, one that was stopped is gone on with, one that diverges is a line of the table. With `--workers N` up to N runs
+go side by side, each in a process of its own (workers.py), and what each says goes to its own `logs/console.log`; the results are the same bits
+as one at a time, given the same threads (OMP_NUM_THREADS sets them; a CPU's sums depend on their number).
+Limits: losses compare where the validation tokens are the same, and it is said where they are not; one at a time, on a CPU, the peak
 memory is the process's highest so far, so that a later run's is never below an earlier one's.
 Run: `emergency-kit sweep`.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable
 
-from emergency_kit.artifacts import save_json, save_text
+from emergency_kit.artifacts import hardware, save_json, save_text
 from emergency_kit.config import Resolved
-from emergency_kit.errors import TrainingError, UsageError
+from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError, UsageError
+from emergency_kit.files import check_writable
+from emergency_kit.model.backend import pick_device
+from emergency_kit.model.shape import load_shape
+from emergency_kit.training import lock
 from emergency_kit.training.checkpoint import load_training_state
+from emergency_kit.training.prediction import USABLE, make
 from emergency_kit.training.run import Scorer, is_trained_as, train
 from emergency_kit.training.schedule import check_schedule
+from emergency_kit.training.workers import Killed, Workers, cores
 
 # Steps of a range test, and the pieces that it is divided into: at each end the validation loss is measured.
 RANGE_STEPS, RANGE_PIECES = 32, 8
+# Resident in a process that has imported what training imports (Linux, torch 2.13: 500 to 650 MB).
+PROCESS_BYTES = 600_000_000
 
 
 @dataclass
@@ -58,12 +71,14 @@ def split_settings(settings: list[str]) -> tuple[list[str], dict[str, list[str]]
 
 
 def start(resolve: Callable[[list[str]], Resolved], settings: list[str], output_dir: str | None, lr_range: str | None, overwrite: bool,
-          scorer: Scorer | None = None) -> Path:
+          scorer: Scorer | None = None, workers: int = 1) -> Path:
     """The verb: a sweep, or with `lr_range` ("LOW:HIGH") a range test. resolve: makes a config of settings with one value each."""
+    if lr_range is not None and workers > 1:
+        raise UsageError(f"--lr-range: a single run, so --workers {workers} has nothing to share out; leave out one of the two")
     if output_dir is not None:
         settings = [*settings, f"training.output_dir={output_dir}"]
     if lr_range is None:
-        return sweep(settings, resolve, overwrite, scorer)
+        return sweep(settings, resolve, overwrite, scorer, workers)
     low, _, high = lr_range.partition(":")
     try:
         rates = float(low), float(high)
@@ -82,11 +97,12 @@ def start(resolve: Callable[[list[str]], Resolved], settings: list[str], output_
         f"training.eval_steps={max(1, steps // RANGE_PIECES)}", "training.eval_strategy=steps", "training.save_strategy='no'"]), *rates)
 
 
-def sweep(settings: list[str], resolve: Callable[[list[str]], Resolved], overwrite: bool = False, scorer: Scorer | None = None) -> Path:
+def sweep(settings: list[str], resolve: Callable[[list[str]], Resolved], overwrite: bool = False, scorer: Scorer | None = None, workers: int = 1) -> Path:
     """Train every combination and return the folder of the sweep.
 
-    settings: `section.key=value[,value...]`. resolve: makes a config of such settings with one value each. Raises UsageError where nothing is
-    varied, ConfigError and TrainingError for a combination that cannot be, before any is trained.
+    settings: `section.key=value[,value...]`. resolve: makes a config of such settings with one value each. workers: runs side by side; more than one
+    need a scorer that can be pickled. Raises UsageError where nothing is varied, or another sweep is at work in the folder, ConfigError and TrainingError
+    for a combination that cannot be, before any is trained; Interrupted after a stop; TrainingError at the end where a run's process was killed.
     """
     fixed, varied = split_settings(settings)
     output_dir = resolve(fixed).config.training.output_dir
@@ -103,30 +119,121 @@ def sweep(settings: list[str], resolve: Callable[[list[str]], Resolved], overwri
         planned.append((Outcome(chosen, place), resolved))
     if len({outcome.folder for outcome, _ in planned}) < len(planned):
         raise UsageError("sweep: two combinations would share a folder; give each value once")
-    outcomes = []
-    for number, (outcome, resolved) in enumerate(planned, 1):
-        print(f"Sweep {number}/{len(planned)}: {_shown(outcome.settings)}", flush=True)
-        outcomes.append(_train_one(outcome, resolved, overwrite, scorer))
-        _report(folder, outcomes, list(varied), done=number == len(planned))
+    check_writable(folder)
+    with lock.hold(folder, print):
+        if workers > 1:
+            _side_by_side(folder, planned, list(varied), overwrite, scorer, min(workers, len(planned)))
+            return folder
+        outcomes = []
+        for number, (outcome, resolved) in enumerate(planned, 1):
+            print(f"Sweep {number}/{len(planned)}: {_shown(outcome.settings)}", flush=True)
+            outcomes.append(_read(outcome, resolved) if _is_finished(outcome, resolved, overwrite) else _train_one(outcome, resolved, overwrite, scorer))
+            _report(folder, outcomes, list(varied), done=number == len(planned))
     return folder
 
 
+def _final(outcome: Outcome, resolved: Resolved) -> Path:
+    return outcome.folder / "checkpoints" / resolved.config.training.model_name
+
+
+def _is_finished(outcome: Outcome, resolved: Resolved, overwrite: bool) -> bool:
+    final = _final(outcome, resolved)
+    if overwrite or not final.exists() or not is_trained_as(resolved, final):
+        return False
+    print(f"  {final} is already trained with these settings on this data", flush=True)
+    return True
+
+
 def _train_one(outcome: Outcome, resolved: Resolved, overwrite: bool, scorer: Scorer | None) -> Outcome:
-    final = outcome.folder / "checkpoints" / resolved.config.training.model_name
     try:
-        if final.exists() and not overwrite and is_trained_as(resolved, final):
-            print(f"  {final} is already trained with these settings on this data", flush=True)
-        else:
-            train(resolved, overwrite=overwrite or final.exists(), scorer=scorer)
+        train(resolved, overwrite=overwrite or _final(outcome, resolved).exists(), scorer=scorer)
     except TrainingError as error:
         outcome.failure = str(error)
         print(f"  failed: {error}", flush=True)
         return outcome
-    state = load_training_state(final)
+    return _read(outcome, resolved)
+
+
+def _read(outcome: Outcome, resolved: Resolved) -> Outcome:
+    state = load_training_state(_final(outcome, resolved))
     outcome.summary, outcome.validation = state["summary"], state["identity"]["validation tokens"]
     losses = {entry["step"]: entry["loss"] for entry in state["validation_history"]}
     outcome.loss = losses[outcome.summary["weights_of_step"]]
     return outcome
+
+
+def _train_apart(outcome: Outcome, resolved: Resolved, overwrite: bool, scorer: Scorer | None) -> Outcome:
+    """`_train_one` in a worker's process, whose log says first with how many threads."""
+    import torch
+
+    print(f"Worker: process {os.getpid()}, threads {torch.get_num_threads()}, CUDA_VISIBLE_DEVICES {os.environ.get('CUDA_VISIBLE_DEVICES', 'as it was')}", flush=True)
+    return _train_one(outcome, resolved, overwrite, scorer)
+
+
+def _side_by_side(folder: Path, planned: list[tuple[Outcome, Resolved]], keys: list[str], overwrite: bool, scorer: Scorer | None, workers: int) -> None:
+    devices = _devices()
+    pool = Workers(workers, max(1, cores() // workers), devices)
+    print(f"Sweep: {len(planned)} runs, {workers} side by side, threads of each: {os.environ.get('OMP_NUM_THREADS', pool.threads)}"
+          + (f"; on GPUs {', '.join(devices)}" if devices else ""), flush=True)
+    ended = {number: _read(*one) for number, one in enumerate(planned) if _is_finished(*one, overwrite)}
+    left = [number for number in range(len(planned)) if number not in ended]
+    _warn_of_memory([planned[number][1] for number in left], workers, len(devices))
+    logs = [planned[number][0].folder / "logs" / "console.log" for number in left]
+    lacking: list[str] = []
+    with contextlib.closing(pool.run([functools.partial(_train_apart, *planned[number], overwrite, scorer) for number in left], logs)) as events:
+        for place, answer in events:
+            number, outcome = left[place], planned[left[place]][0]
+            name = f"Sweep {number + 1}/{len(planned)}: {_shown(outcome.settings)}"
+            if answer is None:
+                print(f"{name} begins; what it says goes to {logs[place]}", flush=True)
+            elif isinstance(answer, Outcome):
+                ended[number] = answer
+                print(f"{name}: failed: {answer.failure}" if answer.loss is None else
+                      f"{name}: validation loss {answer.loss:.4f} after {answer.summary['wall_seconds'] / 60:.1f} minutes", flush=True)
+            elif isinstance(answer, (Interrupted, Killed)):
+                lacking.append(_shown(outcome.settings))
+                print(f"{name}: {str(answer).partition(';')[0]}", flush=True)
+                if isinstance(answer, Killed):
+                    ended[number] = Outcome(outcome.settings, outcome.folder, failure=str(answer))
+            else:
+                raise answer  # as one at a time: what is wrong with the data, the model or the folder is wrong for the others, too
+            if number in ended:
+                _report(folder, _in_order(ended), keys, done=False)
+    _report(folder, _in_order(ended), keys, done=len(ended) == len(planned))
+    if len(ended) < len(planned):
+        raise Interrupted(f"sweep stopped with {len(planned) - len(lacking)} of {len(planned)} runs done; go on with the same command")
+    if lacking:
+        raise TrainingError(f"sweep: {len(lacking)} of {len(planned)} runs ended before they were done ({'; '.join(lacking)}); the same command goes on with them alone, "
+                            f"with fewer --workers than {workers} where memory ran out")
+
+
+def _in_order(ended: dict[int, Outcome]) -> list[Outcome]:
+    """In the order of the plan, whichever ended first: runs of equal loss stand in the table as they do one at a time."""
+    return [ended[number] for number in sorted(ended)]
+
+
+def _devices() -> list[str]:
+    """Names of this machine's GPUs as CUDA_VISIBLE_DEVICES has them, where there are several to share out."""
+    import torch
+
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return (visible.split(",") if visible else [str(number) for number in range(count)])[:count] if count > 1 else []
+
+
+def _warn_of_memory(runs: list[Resolved], workers: int, devices: int) -> None:
+    """Say where the largest runs that may meet need more memory than there is, every row taken to be of `model.max_seq_length` tokens: most runs need less."""
+    # By nvidia-smi: to ask through torch would hold half a gigabyte of the first GPU for as long as the sweep lasts.
+    rooms = [float(line.rsplit(",", 1)[1].split()[0]) * 2**20 for line in hardware()["gpus"]] if runs and pick_device(runs[0].config.model) == "cuda" else []
+    try:
+        plans = [make(one, load_shape(one.config.model), {}, min(rooms, default=None), process_bytes=PROCESS_BYTES)
+                 for one in runs if one.config.training.method == "sft"]
+    except ModelError:  # no formula for such a model, or it is not there; the runs say what is wrong
+        return
+    meeting = math.ceil(workers / max(1, devices))  # on one GPU, or in this computer's memory
+    needed = sum(sorted((plan.peak_bytes for plan in plans), reverse=True)[:meeting])
+    if plans and needed > USABLE * plans[0].room_bytes:
+        print(f"Warning: {meeting} runs side by side can need {needed / 1e9:.1f} GB, and {plans[0].room_bytes / 1e9:.1f} GB are there; "
+              "where memory runs out, the system ends a run: fewer --workers, or a smaller training.per_device_train_batch_size", flush=True)
 
 
 def _shown(settings: dict[str, str]) -> str:
@@ -142,8 +249,8 @@ def _report(folder: Path, outcomes: list[Outcome], keys: list[str], done: bool) 
     notes = []
     if len({one.validation for one in outcomes if one.validation}) > 1:
         notes.append("The runs were measured on different validation tokens, so their losses do not compare.")
-    best = ranked[0]
-    if best.loss is not None:
+    best = ranked[0] if ranked else None
+    if best and best.loss is not None:
         notes.append(f"Best: {' '.join(f'--set {key}={value}' for key, value in best.settings.items())}")
     save_text(folder / "sweep.md", "\n".join(["# Sweep, ranked by validation loss", "", *lines, "", *notes, ""]))
     save_json(folder / "sweep.json", [{"settings": one.settings, "folder": str(one.folder), "validation_loss": one.loss, "failure": one.failure,

@@ -1,0 +1,170 @@
+"""Several real processes under torchrun train what one does: same rows, same losses, stopped, killed, and gone on with by another number."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from emergency_kit.artifacts import verify_folder
+from emergency_kit.config import load_config
+from emergency_kit.errors import TrainingError
+from emergency_kit.training.run import train
+from emergency_kit.training.schedule import check_schedule
+from emergency_kit.training.trainer import RankBatches, StepSampler
+from tests.tiny import save_tiny_model
+
+MORE = os.environ.get("EMERGENCY_KIT_RANKS") == "full"  # make prove-ranks
+PROCESSES = 4 if MORE else 2
+
+
+@given(st.integers(1, 60), st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.integers(0, 3))
+@settings(max_examples=200, deadline=None)
+def test_an_epoch_has_every_row_once_and_a_step_the_rows_of_one_process(rows: int, batch: int, passes: int, world: int, epoch: int) -> None:
+    lengths = np.random.default_rng(rows).integers(5, 90, rows)
+    step_rows = batch * passes * world
+    sampler = StepSampler(lengths, step_rows, seed=7)
+    shares = [RankBatches(sampler, batch, rank, world) for rank in range(world)]
+    for share in shares:
+        share.set_epoch(epoch)
+    dealt = [list(share) for share in shares]
+    assert {len(batches) for batches in dealt} == {len(shares[0])}, "ranks exchange gradients as often"
+    assert sorted(row for batches in dealt for one in batches for row in one) == list(range(rows))
+    order = list(sampler)
+    for number, start in enumerate(range(0, rows, step_rows)):
+        taken = [row for batches in dealt for one in batches[number * passes:(number + 1) * passes] for row in one]
+        assert sorted(taken) == sorted(order[start:start + step_rows])
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def flags(tiny: Path, out: Path, *more: str) -> list[str]:
+    """21 rows in steps of 8, so that an epoch ends with 5, which ranks cannot share evenly; no dropout, which ranks draw for themselves."""
+    return [f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", "dataset.build_size=200", "dataset.max_samples=21", "dataset.max_eval_samples=5",
+            "dataset.grounding=none", "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=4", "training.keep_effective_batch=true",
+            "training.num_epochs=2", "training.warmup_steps=1", "training.eval_steps=2", "training.save_steps=4", "lora.dropout=0", "lora.r=4", *more]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("alone")
+    train(load_config("embedded", settings=flags(tiny, out)))
+    return out
+
+
+def start(number: int, *settings: str) -> subprocess.Popen[str]:
+    """What `make train NPROC=number` starts."""
+    return subprocess.Popen([sys.executable, "-m", "emergency_kit.training.launch", str(number), "--profile", "embedded", *(part for item in settings for part in ("--set", item))],
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"})
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> dict[int, int]:
+    """`{rank: process id}` of a launcher's processes."""
+    found = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                if f"PPid:\t{launcher.pid}\n" in (folder / "status").read_text() and (match := re.search(rb"\0RANK=(\d+)\0", b"\0" + (folder / "environ").read_bytes())):
+                    found[int(match.group(1))] = int(folder.name)
+            except OSError:  # ended meanwhile
+                continue
+    return found
+
+
+def wait_for(launcher: subprocess.Popen[str], text: str) -> None:
+    for line in launcher.stdout:
+        if text in line:
+            return
+    pytest.fail(f"it ended without {text!r}: {launcher.stderr.read()}")
+
+
+def outcome(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    final = out / "checkpoints" / "final"
+    return json.loads((final / "training_state.json").read_text()), load_file(final / "adapter_model.safetensors")
+
+
+def assert_alike(alone: Path, out: Path) -> None:
+    """All that is counted is equal, losses to 1e-5; adapters to what rounding becomes under Adam, which divides by gradients' size."""
+    (one, weights), (other, others) = outcome(alone), outcome(out)
+    for key in ("step", "epoch", "tokens_seen", "supervised_tokens_seen"):
+        assert one[key] == other[key], key
+    for history in ("loss_history", "validation_history"):
+        assert [entry["step"] for entry in one[history]] == [entry["step"] for entry in other[history]]
+        for left, right in zip(one[history], other[history]):
+            assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)
+    for name in weights:
+        assert (weights[name] - others[name]).abs().max() < 1e-3 * weights[name].abs().max(), name
+    assert verify_folder(out / "checkpoints" / "final") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks by /proc")
+def test_stopped_on_one_rank_saved_on_all_and_gone_on_with_by_one_process(tiny: Path, alone: Path, tmp_path: Path) -> None:
+    launcher = start(PROCESSES, *flags(tiny, tmp_path))
+    wait_for(launcher, f"effective batch 8 (2 rows x {4 // PROCESSES} passes x {PROCESSES} processes), 6 steps over 2 epochs")
+    wait_for(launcher, "Step 1/6")
+    os.kill(ranks_of(launcher)[1], signal.SIGTERM)
+    printed, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 130 and "Traceback" not in errors, errors
+    stopped = re.fullmatch(r"error: stopped at step (\d)/6, saved to \S+; go on with the same command, or name it with --resume-from (\S+)\n", errors)
+    assert stopped and verify_folder(Path(stopped.group(2))) == [], errors
+    for number in ((1, 4, 2) if MORE else (1,)):
+        if number == 1 and not MORE:
+            train(load_config("embedded", settings=flags(tiny, tmp_path)))
+            continue
+        launcher = start(number, *flags(tiny, tmp_path))
+        if number != 2:
+            wait_for(launcher, f"Step {int(stopped.group(1)) + (1 if number == 1 else 2)}/6")
+            launcher.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=180)
+        assert launcher.returncode in (0, 130), errors
+        if launcher.returncode == 0:
+            break
+    assert_alike(alone, tmp_path)
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_a_killed_rank_ends_all_within_half_a_minute(tiny: Path, tmp_path: Path) -> None:
+    launcher = start(PROCESSES, *flags(tiny, tmp_path, "training.num_epochs=200", "training.engine=modules"))
+    wait_for(launcher, "Step 5/")
+    ranks, killed = ranks_of(launcher), time.monotonic()
+    os.kill(ranks[1], signal.SIGKILL)
+    _, errors = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed < 30 and launcher.returncode == 128 + 9
+    assert re.search(rf"^error: rank 0 of {PROCESSES} lost the connection to the others .* the same command goes on from the last one$", errors, re.M), errors
+    assert "Traceback" not in errors and not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+    assert verify_folder(tmp_path / "checkpoints" / "checkpoint-4") == []
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+def test_passes_that_ranks_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(TrainingError, match="3 processes cannot share 4 passes evenly"):
+        check_schedule(load_config("embedded", settings=["training.keep_effective_batch=true"]).config, 10)
+
+
+@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
+def test_sharding_is_refused_not_half_done(name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+    with pytest.raises(TrainingError, match=f"{name}, which divides the model among GPUs, is not built in; .*ddp.yaml"):
+        train(load_config("embedded", settings=flags(tiny, tmp_path)))
+
+
+def test_a_number_of_processes_that_is_none() -> None:
+    done = subprocess.run([sys.executable, "-m", "emergency_kit.training.launch", "two"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "error: NPROC: got 'two'; expected a number of processes, for instance make train NPROC=2\n"
