@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu setup-gpu prove-gpu-install
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -124,6 +124,9 @@ bench-plan: setup ## The plan's memory, time and disk beside five real short run
 
 bench-gpu: setup ## Mistral-7B's shape in 4-bit on one CUDA GPU beside its peers: speed, memory, plan, resume, merge (what nine minutes hold; ARGS=--tiny tries it on a CPU)
 	@$(VENV)/bin/python -m benchmarks.gpu $(ARGS)
+
+bench-scaling: setup ## What 1 to 1,024 GPUs make of a LoRA run, on paper (ARGS="--measure 1 2 4": real runs of so many processes beside it)
+	@$(VENV)/bin/python -m benchmarks.scaling $(ARGS)
 
 # An environment of its own over .venv: trackers bring a hundred packages, some of them older than the kit's.
 TRACKERS := outputs/bench/trackers
