@@ -563,7 +563,10 @@ def main(verb: str | None = None) -> None:
     _prepare_process()
     # What runs for long must not end with the terminal that it was started from.
     with terminal.surviving() if set(arguments[:1]) & LONG_VERBS else contextlib.nullcontext():
-        code = _call(arguments, name, debug)
+        try:
+            code = _call(arguments, name, debug)
+        except KeyboardInterrupt:  # while an error was being said
+            code = Interrupted.exit_code
     sys.exit(code)
 
 

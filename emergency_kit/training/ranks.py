@@ -137,5 +137,5 @@ def lost(error: BaseException) -> str | None:
     """What to say of an error that means that another rank is gone; None for any other error, or alone."""
     if world() == 1 or not isinstance(error, RuntimeError) or not any(word in str(error).lower() for word in LOST):
         return None
-    return (f"rank {rank()} of {world()} lost the connection to the others ({str(error).strip().splitlines()[0][:200]}); the message of the rank that ended first says why. "
+    return (f"the connection to the other ranks is lost ({str(error).strip().splitlines()[0][:200]}); the message of the rank that ended first says why. "
             "The checkpoints saved before are whole: the same command goes on from the last one")

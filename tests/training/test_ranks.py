@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 import numpy as np
 import pytest
@@ -146,10 +147,51 @@ def test_a_killed_rank_ends_all_within_half_a_minute(tiny: Path, tmp_path: Path)
     os.kill(ranks[1], signal.SIGKILL)
     _, errors = launcher.communicate(timeout=60)
     assert time.monotonic() - killed < 30 and launcher.returncode == 128 + 9
-    assert re.search(rf"^error: rank 0 of {PROCESSES} lost the connection to the others .* the same command goes on from the last one$", errors, re.M), errors
+    assert re.search(r"^error: the connection to the other ranks is lost .* the same command goes on from the last one$", errors, re.M), errors
     assert "Traceback" not in errors and not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
     assert verify_folder(tmp_path / "checkpoints" / "checkpoint-4") == []
     assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, `eka` at 10.77.0.1 and `ekb` at 10.77.0.2, with a link between them whose ends have their names."""
+    if os.geteuid() != 0 or not shutil.which("ip") or subprocess.run(["ip", "netns", "add", "eka"], capture_output=True).returncode:
+        pytest.skip("network namespaces need root and iproute2")
+    try:
+        for command in ("netns add ekb", "link add eka type veth peer name ekb", "link set eka netns eka", "link set ekb netns ekb"):
+            subprocess.run(["ip", *command.split()], check=True)
+        for number, name in enumerate(("eka", "ekb"), 1):
+            for command in (f"addr add 10.77.0.{number}/24 dev {name}", f"link set {name} up", "link set lo up"):
+                subprocess.run(["ip", "-n", name, *command.split()], check=True)
+        yield "eka", "ekb"
+    finally:
+        for name in ("eka", "ekb"):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_two_hosts_whose_link_is_cut_end_in_time_and_go_on(two_hosts: tuple[str, str], tiny: Path, alone: Path, tmp_path: Path) -> None:
+    def run(*more: str, cut_at: str = "") -> list[tuple[int, str]]:
+        hosts = [subprocess.Popen(["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(number),
+                                   "--master-addr", "10.77.0.1", "--master-port", "29500", "scripts/train.py", "--profile", "embedded",
+                                   *(part for item in flags(tiny, tmp_path, *more) for part in ("--set", item))],
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": name})
+                 for number, name in enumerate(two_hosts)]
+        if cut_at:
+            wait_for(hosts[0], cut_at)
+            subprocess.run(["ip", "-n", "eka", "link", "set", "eka", "down"], check=True)
+        errors = [host.communicate(timeout=180)[1] for host in hosts]
+        return [(host.returncode, text) for host, text in zip(hosts, errors)]
+
+    began = time.monotonic()
+    ends = run("training.rank_timeout_seconds=15", "training.save_steps=1", "training.save_total_limit=9", cut_at="Step 3/6")
+    assert time.monotonic() - began < 150
+    for code, text in ends:
+        assert code == 1 and re.search(r"^error: (rank 1 of 2: )?the connection to the other ranks is lost .*Timed out", text, re.M), text
+    subprocess.run(["ip", "-n", "eka", "link", "set", "eka", "up"], check=True)
+    assert [code for code, _ in run("training.rank_timeout_seconds=15")] == [0, 0]
+    assert_alike(alone, tmp_path)
 
 
 def test_passes_that_ranks_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
