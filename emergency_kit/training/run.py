@@ -115,7 +115,8 @@ def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, acce
     check_schedule(resolved.config, plan["steps"])
     config, kind = resolved.config.training, "pairs" if resolved.config.training.method == "dpo" else "records"
     console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation {kind}, "
-                  f"effective batch {plan['effective_batch']} ({pass_rows(config)} rows x {passes(config)} passes x {ranks.world()} {'process' if ranks.world() == 1 else 'processes'}), {plan['steps']} steps over {plan['epochs']:g} epochs")
+                  f"effective batch {plan['effective_batch']} ({pass_rows(config)} rows x {passes(config)} passes x {ranks.world()} {'process' if ranks.world() == 1 else 'processes'}), "
+                  f"{plan['steps']} steps over {plan['epochs']:g} epochs")
     for warning in foresee(resolved.config.training, plan["steps"]) if record else ():  # a dry run's plan says them, too
         console.print(f"Warning: {warning}")
     identity = resume.build_identity(resolved, rows, tokenizer, plan)

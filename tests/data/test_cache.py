@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from emergency_kit.config import Resolved
 from emergency_kit.data import cache
@@ -29,7 +29,7 @@ ROWS = [{"id": f"r{number}", "input": f"smoke in hall {number}", "output": f"FAC
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained("models/SmolLM2-135M-Instruct")
+    return PreTrainedTokenizerFast.from_pretrained("models/SmolLM2-135M-Instruct")
 
 
 def resolve(folder: Path, *settings: str) -> Resolved:
@@ -56,13 +56,13 @@ def entries(folder: Path) -> list[Path]:
 BUILDER = """
 import sys, time
 from pathlib import Path
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 from emergency_kit.data import cache, load, tokenize
 from tests.data.test_cache import resolve
 slow, folder = sys.argv[1] == "slow", Path(sys.argv[2])
 resolved = resolve(folder)
 split = load.open_split(resolved, "train")
-tokenizer = AutoTokenizer.from_pretrained("models/SmolLM2-135M-Instruct")
+tokenizer = PreTrainedTokenizerFast.from_pretrained("models/SmolLM2-135M-Instruct")
 if slow:
     tokenize.BATCH = 8
     batches = tokenize._batches
