@@ -98,7 +98,7 @@ class HealthCallback(TrainerCallback):
         assert trainer is not None
         size, rows = trainer.facts.step_rows, trainer.train_dataset.rows
         each = -(-len(rows) // size)
-        sampler = type(trainer.sampler)(rows.lengths, size, trainer.args.seed, deal=trainer.sampler.deal)
+        sampler = type(trainer.sampler)(rows.lengths, size, trainer.args.seed)
         sampler.set_epoch((step - 1) // each)
         start = (step - 1) % each * size
         named, pairs = [], trainer.unit == 2
