@@ -174,14 +174,12 @@ def _run(run: _Run) -> Path:
         with Stop() as stop, placed_trackers(logs):
             callbacks.LOG.info("Starting training...")
             return _train(run, stop)
-    except RuntimeError as error:
-        if gone := ranks.lost(error):
-            callbacks.LOG.error("Training stopped: %s", gone)
-            raise TrainingError(gone) from error
-        callbacks.LOG.error("Training stopped: %s", error)
-        raise
     except BaseException as error:
-        callbacks.LOG.error("Training stopped: %s", str(error) or type(error).__name__) if not isinstance(error, Interrupted) else None
+        gone = ranks.lost(error)
+        if not isinstance(error, Interrupted):
+            callbacks.LOG.error("Training stopped: %s", gone or str(error) or type(error).__name__)
+        if gone:
+            raise TrainingError(gone) from error
         raise
     finally:
         callbacks.close_log()

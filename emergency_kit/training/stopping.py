@@ -62,8 +62,8 @@ class Stop:
             sys.stderr.write("\nStopping: the pass under way is finished, then the run is saved; once more stops at once.\n")
 
     def check(self) -> None:
-        """Raise StopRequested where a stop was asked for."""
-        if self.requested:
+        """Raise StopRequested where a stop was asked for and this process is alone; ranks stop together (KitTrainer.stops)."""
+        if self.requested and ranks.world() == 1:
             raise StopRequested
 
     def wait(self, seconds: float) -> bool:

@@ -26,7 +26,7 @@ from typing import Any, Callable
 
 from emergency_kit.artifacts import hardware, save_json, save_text
 from emergency_kit.config import Resolved
-from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError, UsageError
+from emergency_kit.errors import Interrupted, ModelError, TrainingError, UsageError
 from emergency_kit.files import check_writable
 from emergency_kit.model.backend import pick_device
 from emergency_kit.model.shape import load_shape

@@ -174,15 +174,7 @@ class KitTrainer(Trainer):
         if self.model.training:
             if done and not self.trying:
                 self.callback_handler.on_substep_end(self.args, self.state, self.control)
-            if self.args.world_size == 1:
-                self.stop.check()
-
-    def check_stop(self) -> None:
-        """Raise StopRequested where a stop was asked for; of several ranks all do, after the batch in which one was asked."""
-        if self.args.world_size == 1:
             self.stop.check()
-        elif self.stops:
-            raise StopRequested
 
     def _get_train_sampler(self, train_dataset: Any = None) -> StepSampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
@@ -239,8 +231,7 @@ class KitTrainer(Trainer):
         found, training, started = [], self.model.training, time.monotonic()
         self.model.eval()
         for index in range(len(dataset)):
-            if self.args.world_size == 1:
-                self.stop.check()
+            self.stop.check()
             batch = self._prepare_inputs(self.data_collator([dataset[index]]))
             del batch["reference"]
             with torch.no_grad(), self.compute_loss_context_manager():
@@ -254,7 +245,9 @@ class KitTrainer(Trainer):
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of a batch, in `facts.pieces` parts. Where memory runs out, they are doubled and the batch is taken
         again from the same gradients and random states. Raises TrainingError when a single row does not fit."""
-        self.check_stop()
+        self.stop.check()
+        if self.stops:
+            raise StopRequested
         gradients, drawn = self._gradients(), random_states()
         computed = self.facts.counters.tokens_computed
         while True:
@@ -311,8 +304,7 @@ class KitTrainer(Trainer):
         training = self.model.training
         self.model.eval()
         for inputs in self.get_eval_dataloader(eval_dataset):
-            if self.args.world_size == 1:  # ranks stop together, at the next step
-                self.stop.check()
+            self.stop.check()
             sums += torch.tensor(self._eval_batch(self._prepare_inputs(inputs)), dtype=torch.float64)
         scores = self._scores()
         self.model.train(training)
