@@ -3,7 +3,8 @@
 In: a CUDA GPU; the bundled base model's folder. Out: one table last (and everything in --json FILE); a part that fails says why, and leaves
 its cells empty. Mistral-7B's weights are random, of its exact shape, since none are downloaded: memory and speed are those of the real
 ones, losses mean something only beside each other. `--tiny` runs all of it on a CPU with a model of two layers, to try this script.
-Run: make bench-gpu (no part begins after nine minutes; on an H200 all of them take longer). trl and unsloth are measured where they are installed.
+What is timed runs alone; resume, the embedded profile, merge and export run side by side afterwards. Run: make bench-gpu (no part begins after
+nine minutes). trl and unsloth are measured where they are installed; `--parts …,gradients` adds how far a step's gradients are from float32's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Callable
 
@@ -45,8 +47,10 @@ class Bench:
 
     def part(self, name: str, work: Callable[[], dict[str, Any]]) -> None:
         """Run a part; whatever goes wrong in it is said and the next one begins."""
-        if name not in self.options.parts or time.monotonic() > self.deadline:
-            self.failed[name] = "not asked for" if name not in self.options.parts else "no time was left"
+        if name not in self.options.parts:
+            return
+        if time.monotonic() > self.deadline:
+            self.failed[name] = "no time was left"
             return
         started = time.monotonic()
         try:
@@ -123,8 +127,8 @@ def build_rows(bench: Bench, steps: int) -> dict[str, list[dict[str, Any]]]:
     text = "\n\n".join(f"{record.input}\n{record.output}" for record in build_records(7, 3600)["train"])
     stream, at = AutoTokenizer.from_pretrained(bench.base)(text)["input_ids"], 0
     sets: dict[str, list[dict[str, Any]]] = {}
-    for name, length in (TINY_SETS if bench.tiny else SETS).items():
-        sets[name] = []
+    for name in bench.options.sets.split(","):
+        sets[name], length = [], (TINY_SETS if bench.tiny else SETS)[name]
         for index in range(steps * STEP_ROWS):
             long = length + (index * 37 % 101 - 50) * length // 350 if name == "350" else length  # those of a data set differ
             sets[name].append({"ids": stream[at:at + long], "prompt": long * 2 // 5})
@@ -173,7 +177,7 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
     sets = build_rows(bench, steps)
     file = bench.folder / "rows.json"
     file.write_text(json.dumps([row for rows in sets.values() for row in rows]))
-    names = [name for name in bench.options.contenders.split(",") if importlib.util.find_spec(name) or name not in ("trl", "unsloth")]
+    names = [name for name in bench.options.contenders.split(",") if (peer := name.split("-")[0]) not in ("trl", "unsloth") or importlib.util.find_spec(peer)]
     contenders = [Contender(name, bench, file, steps * len(sets), bench.options.dropout) for name in names]
     for one in contenders:
         one.loaded = one.read("ready")
@@ -184,14 +188,42 @@ def measure_speed(bench: Bench) -> dict[str, Any]:
             print(f"{name}, step {index}: " + ", ".join(f"{one.name} {one.records[name][-1].get('seconds', float('nan')):.2f} s" for one in contenders if name in one.records), flush=True)
     for one in contenders:
         one.close()
-    weights = parameters(bench)
+    weights, said = parameters(bench), foretell_sets(bench, sets)
     found: dict[str, Any] = {"rows": {name: statistics.mean(len(row["ids"]) for row in rows) for name, rows in sets.items()}, "contenders": {}}
     for one in contenders:
         found["contenders"][one.name] = mine = {"error": one.error, **one.loaded, "sets": {}}
         for name, rows in sets.items():
             records = one.records.get(name, [])
             if len(records) == steps and all(records):
-                mine["sets"][name] = score(records, rows, weights)
+                mine["sets"][name] = score(records, rows, weights) | said.get(one.name, {}).get(name, {})
+    return found
+
+
+def foretell_sets(bench: Bench, sets: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, float]]]:
+    """By contender and set what `plan` says beforehand from the card's rates: seconds a step, and bytes without CUDA's context and fragmentation.
+
+    The kit keeps as many layers as fit beside the longest rows of the run; so of `kit`, whose run holds all sets, bytes stand at the longest alone.
+    """
+    import numpy as np
+
+    from emergency_kit.config import load_config
+    from emergency_kit.data.tokenize import TokenRows
+    from emergency_kit.training.prediction import Card, predict
+
+    limits = bench.found.get("limits", {})
+    if not limits.get("tflops"):
+        return {}
+    card, found = Card(limits["device"], 141e9, limits["tflops"] * 1e12, limits["copy_tb"] * 1e12), {}
+    for name, more in (("kit", []), ("kit-again", ["training.gradient_checkpointing=true"])):
+        resolved = load_config("mistral-7b", settings=[f"model.name={bench.base}", "model.backend=hf", "training.max_steps=4", *more])
+        found[name] = {}
+        for of, listed in sets.items():
+            lengths = [len(row["ids"]) for row in listed]
+            rows = TokenRows(np.full(sum(lengths), 5, np.int32), np.cumsum([0, *lengths]).astype(np.int64), np.array([row["prompt"] for row in listed], np.int32))
+            made = predict(resolved, card, {"train": rows, "validation": rows})
+            found[name][of] = {"foretold_seconds": made.step_seconds}
+            if more or of == list(sets)[-1]:
+                found[name][of]["foretold_bytes"] = sum(value for term, value in made.terms.items() if term not in ("CUDA context", "fragmentation"))
     return found
 
 
@@ -276,29 +308,25 @@ def kill_and_resume(bench: Bench) -> dict[str, Any]:
 
 
 def run_embedded(bench: Bench) -> dict[str, Any]:
-    """The embedded profile on the GPU and, beside it, on this machine's CPU; then evaluation, merge and export. What was found before a stage failed is kept."""
-    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8", "evaluation.compare_base=false", *SHORT_CERTIFICATE] if bench.tiny else ["evaluation.max_samples=12", "evaluation.compare_base=false"]
-    device = "cpu" if bench.tiny else "cuda"
-    flags = ("--profile", "embedded")
+    """The embedded profile on the GPU and, beside it, its training on this machine's CPU. Where a stage fails, what was found before it is kept."""
+    sizes = ["training.max_steps=2", "evaluation.max_samples=2", "evaluation.max_new_tokens=8", "evaluation.compare_base=false", *SHORT_CERTIFICATE] if bench.tiny else [
+        "training.max_steps=12", "evaluation.max_samples=12", "evaluation.compare_base=false", *SHORT_CERTIFICATE]
+    found: dict[str, Any] = bench.found.setdefault("embedded", {"seconds": {}})
 
     def where(name: str, kind: str) -> list[str]:
         return [f"model.device={kind}", f"training.output_dir={bench.folder / name}", *sizes]
 
-    beside = subprocess.Popen([*CLI, "train", *flags, *(part for setting in where("embedded-cpu", "cpu") for part in ("--set", setting))],
-                              stdout=subprocess.DEVNULL, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-    taken: dict[str, float] = {}
-    for stage, more in (("train", ()), ("compare", ()), ("evaluate", ()), ("merge", ()), ("export-gguf", ("-q", "q8_0", *(("--allow-out-of-bounds",) if bench.tiny else ())))):
-        if stage == "compare":
-            if beside.wait():
-                raise RuntimeError("the run on the CPU failed")
-            gpu, cpu = read_losses(bench.folder / "embedded-gpu"), read_losses(bench.folder / "embedded-cpu")
-            bench.found["embedded"] = {"seconds": taken, "largest_loss_difference": max(abs(gpu[step] - loss) / loss for step, loss in cpu.items()),
-                                       "last_losses": [list(gpu.values())[-1], list(cpu.values())[-1]]}
-            continue
-        started = time.monotonic()
-        bench.cli(f"embedded-{stage}", stage, *where("embedded-gpu", device), flags=(*flags, *more))
-        taken[stage] = time.monotonic() - started
-    return bench.found["embedded"]
+    with ThreadPoolExecutor(1) as pool:
+        # A third of the cores: merge and export work beside it.
+        beside = pool.submit(bench.cli, "embedded-cpu", "train", *where("embedded-cpu", "cpu"), flags=("--profile", "embedded"), CUDA_VISIBLE_DEVICES="",
+                             OMP_NUM_THREADS=str(max(1, (os.cpu_count() or 1) // 3)))
+        for stage, more in (("train", ()), ("evaluate", ()), ("merge", ()), ("export-gguf", ("-q", "q8_0", "--allow-out-of-bounds"))):
+            started = time.monotonic()
+            bench.cli(f"embedded-{stage}", stage, *where("embedded-gpu", "cpu" if bench.tiny else "cuda"), flags=("--profile", "embedded", *more))
+            found["seconds"][stage] = time.monotonic() - started
+        beside.result()
+    gpu, cpu = read_losses(bench.folder / "embedded-gpu"), read_losses(bench.folder / "embedded-cpu")
+    return found | {"largest_loss_difference": max(abs(gpu[step] - loss) / loss for step, loss in cpu.items()), "last_losses": [list(gpu.values())[-1], list(cpu.values())[-1]]}
 
 
 def merge(bench: Bench) -> dict[str, Any]:
@@ -313,7 +341,9 @@ def export(bench: Bench) -> dict[str, Any]:
     """The merged model as a GGUF file, with a short certificate."""
     started = time.monotonic()
     bench.cli("export", "export-gguf", *settings(bench, "whole", *SHORT_CERTIFICATE), flags=("--profile", "mistral-7b", "-q", "q8_0", "--allow-out-of-bounds"))
-    return {"seconds": time.monotonic() - started, "gguf_bytes": sum(file.stat().st_size for file in (bench.folder / "whole/gguf").glob("*.gguf"))}
+    file = next((bench.folder / "whole/gguf").glob("*.gguf"))
+    proof = json.loads(file.with_suffix(".certificate.json").read_text())
+    return {"seconds": time.monotonic() - started, "gguf_bytes": file.stat().st_size, "tokens_equal": proof["tokenizer"]["equal"], "mean_kl": proof["distributions"]["mean_kl"]}
 
 
 def print_table(bench: Bench) -> None:
@@ -321,13 +351,14 @@ def print_table(bench: Bench) -> None:
     found, limits = bench.found, bench.found.get("limits", {})
     peak = limits.get("tflops") or None
     print(f"\n{limits.get('device', '')}, torch {limits.get('torch', '')}: bf16 products {limits.get('tflops', 0):.0f} TFLOP/s, copies {limits.get('copy_tb', 0):.2f} TB/s")
-    print("| Mistral-7B's shape, random weights | base loaded, GB | load, s | set | tokens/s (range) | samples/s | useful share of the peak | peak memory, GB | loss, first to last |\n" + "|---" * 9 + "|")
+    print("| Mistral-7B's shape, random weights | base loaded, GB | load, s | set | tokens/s (range) | samples/s | useful share of the peak | peak memory, GB (foretold) | seconds a step (foretold) | loss, first to last |\n" + "|---" * 10 + "|")
     for name, mine in found.get("speed", {}).get("contenders", {}).items():
-        for of in SETS:
+        for of in found["speed"]["rows"]:
             one = mine["sets"].get(of)
-            cells = ["", "", "", "", mine["error"]] if one is None else [
+            cells = ["", "", "", "", "", mine["error"]] if one is None else [
                 f"{one['tokens_per_second']:.0f} ({one['range'][0]:.0f} to {one['range'][1]:.0f})", f"{one['samples_per_second']:.2f}", f"{one['tflops'] / peak:.2f}" if peak else "",
-                f"{one['peak_bytes'] / 1e9:.2f}", f"{one['losses'][0]:.4f} to {one['losses'][-1]:.4f}"]
+                f"{one['peak_bytes'] / 1e9:.2f}" + (f" ({one['foretold_bytes'] / 1e9:.2f})" if "foretold_bytes" in one else ""),
+                f"{statistics.median(one['seconds'][1:]):.2f}" + (f" ({one['foretold_seconds']:.2f})" if "foretold_seconds" in one else ""), f"{one['losses'][0]:.4f} to {one['losses'][-1]:.4f}"]
             print(f"| {name} | {mine.get('loaded_bytes', 0) / 1e9:.2f} | {mine.get('seconds_to_load', 0):.0f} | {of} | {' | '.join(cells)} |")
     rows = [("2,000 samples x 3 epochs of 350 tokens, minutes", lambda: ", ".join(
                 f"{name} {6000 / mine['sets']['350']['samples_per_second'] / 60:.1f}" for name, mine in found["speed"]["contenders"].items() if "350" in mine["sets"])),
@@ -338,7 +369,7 @@ def print_table(bench: Bench) -> None:
             ("killed and resumed: largest difference of a loss", lambda: f"{found['resume']['largest_loss_difference']:.2e}, same bits {found['resume']['same_bits']}"),
             ("merged into the full-precision base: largest difference of a logit", lambda: f"{found['merge']['largest_logit_difference']:.1e}"),
             ("merge, s", lambda: f"{found['merge']['seconds']:.0f}"),
-            ("GGUF q8_0, GB; export, s", lambda: f"{found['export']['gguf_bytes'] / 1e9:.2f}; {found['export']['seconds']:.0f}"),
+            ("GGUF q8_0, GB; export, s; mean KL", lambda: f"{found['export']['gguf_bytes'] / 1e9:.2f}; {found['export']['seconds']:.0f}; {found['export']['mean_kl']:.4f}"),
             ("embedded profile, GPU beside CPU: largest difference of a loss", lambda: f"{found['embedded']['largest_loss_difference']:.3%}"),
             ("embedded profile on the GPU, seconds", lambda: ", ".join(f"{stage} {taken:.0f}" for stage, taken in found["embedded"]["seconds"].items()))]
     print("\n| | |\n|---|---|")
@@ -357,7 +388,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="two layers on a CPU")
     parser.add_argument("--folder", type=Path, default=Path("outputs/gpu"))
     parser.add_argument("--tokenizer", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
-    parser.add_argument("--parts", default="limits,base,speed,gradients,plan,resume,embedded,merge,export", type=lambda text: text.split(","))
+    parser.add_argument("--parts", default="limits,base,speed,plan,resume,embedded,merge,export", type=lambda text: text.split(","))
+    parser.add_argument("--sets", default=",".join(SETS), help="lengths of rows, of 350, 512, 2048")
     parser.add_argument("--contenders", default="original,trl,unsloth,kit,kit-again")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dropout", type=float, default=0.05)
@@ -365,9 +397,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     bench = Bench(parser.parse_args())
     bench.folder.mkdir(parents=True, exist_ok=True)
-    for name, work in (("limits", measure_limits), ("base", build_base), ("speed", measure_speed), ("gradients", compare_gradients), ("plan", foresee), ("resume", kill_and_resume),
-                       ("embedded", run_embedded), ("merge", merge), ("export", export)):
+    for name, work in (("limits", measure_limits), ("base", build_base), ("speed", measure_speed), ("gradients", compare_gradients), ("plan", foresee)):
         bench.part(name, lambda work=work: work(bench))
+    with ThreadPoolExecutor(3) as pool:  # these show that it works, not how fast
+        for group in ((("resume", kill_and_resume),), (("embedded", run_embedded),), (("merge", merge), ("export", export))):
+            pool.submit(lambda group=group: [bench.part(name, lambda work=work: work(bench)) for name, work in group])
     print_table(bench)
     if bench.options.json:
         bench.options.json.write_text(json.dumps({"found": bench.found, "failed": bench.failed}, indent=1))

@@ -51,12 +51,12 @@ class Gauged(StepByStep):
             say(step=state.global_step, seconds=self.seconds, loss=float(logs["loss"]), peak_bytes=torch.cuda.max_memory_allocated() if ON_GPU else 0)
 
 
-def load(folder: str) -> Any:
+def load(folder: str, dtype: torch.dtype = torch.bfloat16) -> Any:
     """The base model as a peer's users load it: NF4 with double quantisation, bf16 computing; on a CPU in bf16."""
     if not ON_GPU:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16)
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=nf4, device_map={"": 0})
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=nf4, device_map={"": 0})
 
 
 def options(**more: Any) -> dict[str, Any]:
@@ -74,13 +74,14 @@ def original(rows: list[dict[str, Any]], folder: str, out: Path, steps: int, dro
     return Trainer(model=get_peft_model(model, adapter(dropout)), args=args, train_dataset=dataset(rows, everything=True), data_collator=lambda batch: collate(batch, 2))
 
 
-def trl(rows: list[dict[str, Any]], folder: str, out: Path, steps: int, dropout: float) -> Trainer:
+def trl(rows: list[dict[str, Any]], folder: str, out: Path, steps: int, dropout: float, dtype: torch.dtype = torch.bfloat16) -> Trainer:
     """TRL's SFTTrainer, its defaults: gradient checkpointing."""
     from trl import SFTConfig, SFTTrainer
 
     torch.manual_seed(42)
-    args = arguments(SFTConfig, out, steps, **options(gradient_checkpointing=True, max_length=None, loss_type="nll", dataset_kwargs={"skip_prepare_dataset": True}))
-    return SFTTrainer(model=load(folder), args=args, train_dataset=dataset(rows), processing_class=AutoTokenizer.from_pretrained(folder), peft_config=adapter(dropout))
+    args = arguments(SFTConfig, out, steps, **options(bf16=dtype == torch.bfloat16, gradient_checkpointing=True, max_length=None, loss_type="nll",
+                                                      dataset_kwargs={"skip_prepare_dataset": True}))
+    return SFTTrainer(model=load(folder, dtype), args=args, train_dataset=dataset(rows), processing_class=AutoTokenizer.from_pretrained(folder), peft_config=adapter(dropout))
 
 
 def with_unsloth(rows: list[dict[str, Any]], folder: str, out: Path, steps: int, dropout: float) -> Trainer:
@@ -106,6 +107,7 @@ def ours(*settings: str) -> Any:
 CONTENDERS = {
     "original": original,
     "trl": trl,
+    "trl-float32": lambda *given: trl(*given, dtype=torch.float32),  # what the others' losses are held against
     "unsloth": with_unsloth,
     "kit": ours("model.backend=hf"),
     "kit-again": ours("model.backend=hf", "training.gradient_checkpointing=true"),

@@ -114,11 +114,10 @@ def is_reordered(gguf: str, family: Family) -> bool:
 
 
 def reorder_rows(name: str, rows: "numpy.ndarray", config: Any, family: Family) -> "numpy.ndarray":
-    """Rows of Q and K from transformers' rotary order (halves) to llama.cpp's (pairs); others unchanged."""
+    """Whole heads' rows of Q and K from transformers' rotary order (halves) to llama.cpp's (pairs); others unchanged."""
     if not is_reordered(name, family):
         return rows
-    heads = config.num_attention_heads if name.split(".")[2] == "attn_q" else config.num_key_value_heads
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
+    halves = rows.reshape(-1, 2, head_weights(config) // 2, *rows.shape[1:])
     return halves.swapaxes(1, 2).reshape(rows.shape)
 
 

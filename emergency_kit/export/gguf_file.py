@@ -1,12 +1,15 @@
 """One GGUF file: which type every tensor gets, and the file written tensor by tensor.
 
-In: a model's skeleton, its `Weights` on the disk, its vocabulary. Out: the file. Memory: one block of rows
-(`weights.BLOCK_WEIGHTS`) as it is stored, in float32 and encoded; Q and K, whose rows change places, whole.
+In: a model's skeleton, its `Weights` on the disk, its vocabulary. Out: the file. Blocks of rows are read and encoded side by side, one a
+core, and written in their order. Memory: two blocks a core (`weights.BLOCK_WEIGHTS`) as they are stored, in float32 and encoded.
 """
 
 from __future__ import annotations
 
+import os
 import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +19,12 @@ from emergency_kit.export.architecture import Family, Place
 from emergency_kit.export.progress import INTERVAL_SECONDS
 from emergency_kit.export.quantize import Quantization, choose_type, count_bytes, encode_rows
 from emergency_kit.export.vocabulary import Vocabulary, add_vocabulary
-from emergency_kit.export.weights import Weights
+from emergency_kit.export.weights import Weights, cut_rows
 
 if TYPE_CHECKING:
     from typing import BinaryIO
+
+    import numpy
 
 
 @dataclass
@@ -55,19 +60,26 @@ class _Stream:
     weights: Weights
     config: Any
     family: Family
+    pool: ThreadPoolExecutor
+    cores: int
 
     @property
     def nbytes(self) -> int:
         return count_bytes(self.tensor_type, self.place.weights)
 
     def tofile(self, file: "BinaryIO") -> None:
-        place = self.place
-        if architecture.is_reordered(place.gguf, self.family):
-            rows = architecture.reorder_rows(place.gguf, self.weights.read(place.name).numpy(), self.config, self.family)
-            encode_rows(rows, self.tensor_type, place.gguf).tofile(file)
-            return
-        for rows in self.weights.blocks(place.name, place.shape):
-            encode_rows(rows, self.tensor_type, place.gguf).tofile(file)
+        head = architecture.head_weights(self.config) if architecture.is_reordered(self.place.gguf, self.family) else 1
+        waiting: deque[Future[numpy.ndarray]] = deque()
+        for rows in cut_rows(self.place.shape, head):
+            if len(waiting) == 2 * self.cores:
+                waiting.popleft().result().tofile(file)
+            waiting.append(self.pool.submit(self._encode, rows))
+        while waiting:
+            waiting.popleft().result().tofile(file)
+
+    def _encode(self, rows: range) -> "numpy.ndarray":
+        name = self.place.gguf
+        return encode_rows(architecture.reorder_rows(name, self.weights.block(self.place.name, rows), self.config, self.family), self.tensor_type, name)
 
 
 def write_gguf(path: Path, plan: Plan, config: Any, weights: Weights, vocabulary: Vocabulary, family: Family, name: str,
@@ -77,8 +89,8 @@ def write_gguf(path: Path, plan: Plan, config: Any, weights: Weights, vocabulary
 
     import numpy
 
-    quantization = plan.quantization
-    writer = GGUFWriter(path, family.name)
+    quantization, cores = plan.quantization, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    writer, pool = GGUFWriter(path, family.name), ThreadPoolExecutor(cores)
     try:
         architecture.add_metadata(writer, config, family, name, license_id)
         writer.add_file_type(quantization.file_type)
@@ -99,9 +111,10 @@ def write_gguf(path: Path, plan: Plan, config: Any, weights: Weights, vocabulary
             writer.write_tensor_data(factors)
         last = time.monotonic()
         for number, place in enumerate(plan.places, 1):
-            writer.write_tensor_data(_Stream(place, plan.types[place.gguf], weights, config, family))
+            writer.write_tensor_data(_Stream(place, plan.types[place.gguf], weights, config, family, pool, cores))
             if time.monotonic() - last > INTERVAL_SECONDS:
                 last = time.monotonic()
                 print(f"  ... {quantization.name}: tensor {number} of {len(plan.places)}", flush=True)
     finally:
+        pool.shutdown(cancel_futures=True)
         writer.close()

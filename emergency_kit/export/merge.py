@@ -24,6 +24,8 @@ from emergency_kit.files import check_writable, staged_folder
 from emergency_kit.model import backend, hf_backend
 
 SLACK_BYTES = 64_000_000
+# A disk with FAT takes such a file, and several are hashed side by side.
+SHARD = "4GB"
 
 
 @dataclass
@@ -171,7 +173,7 @@ def _save(merged: Merged, folder: Path, dtype: torch.dtype, base: str) -> None:
     logging.disable_progress_bar()
     with report_while("saving"):
         merged.model.config._name_or_path = Path(base).name if Path(base).is_dir() else base
-        merged.model.to(dtype).save_pretrained(folder)
+        merged.model.to(dtype).save_pretrained(folder, max_shard_size=SHARD)
         backend.save_tokenizer(merged.tokenizer, folder)
     logging.enable_progress_bar()
 

@@ -167,18 +167,6 @@ def encode_rows(rows: "numpy.ndarray", tensor_type: str, tensor: str) -> "numpy.
 
     if tensor_type == "BF16":
         return quantize(rows, GGMLQuantizationType.BF16)
-    return _encode_in_threads(rows.reshape(-1, rows.shape[-1]), int(GGMLQuantizationType[tensor_type]))
-
-
-def _encode_in_threads(rows: "numpy.ndarray", number: int) -> "numpy.ndarray":
-    """Rows are encoded one by one, so that parts of them may be side by side; libgguf lets Python's lock go meanwhile."""
-    import concurrent.futures
-    import os
-
     import libgguf
-    import numpy
 
-    threads = min(os.cpu_count() or 1, len(rows))
-    parts = numpy.array_split(rows, threads)
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        return numpy.concatenate(list(pool.map(lambda part: libgguf.quantize_rows(part, number), parts)))
+    return libgguf.quantize_rows(rows.reshape(-1, rows.shape[-1]), int(GGMLQuantizationType[tensor_type]))

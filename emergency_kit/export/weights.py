@@ -13,7 +13,7 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from emergency_kit.errors import ExportError, ModelError
 from emergency_kit.model import hub
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
-# Weights in one block: 16 MB in float32. Larger blocks are no faster to encode.
-BLOCK_WEIGHTS = 4_194_304
+# Weights in one block: 4 MB in float32. Larger blocks are no faster to encode, and each thread that writes a file holds one.
+BLOCK_WEIGHTS = 1_048_576
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 
 
@@ -69,11 +69,15 @@ class Weights:
         if name not in self.files:
             raise ModelError(f"model {self.source}: tensor {name} is in none of its safetensors files; the folder is incomplete")
 
-    def blocks(self, name: str, shape: tuple[int, ...]) -> Iterator["numpy.ndarray"]:
-        """All rows of a tensor in order, a block at a time, as float32 arrays."""
-        rows = max(1, BLOCK_WEIGHTS // max(1, math.prod(shape[1:])))
-        for start in range(0, shape[0], rows):
-            yield self.read(name, start, min(start + rows, shape[0])).numpy()
+    def block(self, name: str, rows: range) -> "numpy.ndarray":
+        """Some rows of a tensor as a float32 array."""
+        return self.read(name, rows.start, rows.stop).numpy()
+
+
+def cut_rows(shape: tuple[int, ...], together: int = 1) -> list[range]:
+    """A tensor's rows in blocks of about BLOCK_WEIGHTS, in order; `together` rows are never parted."""
+    rows = together * max(1, BLOCK_WEIGHTS // max(1, together * math.prod(shape[1:])))
+    return [range(start, min(start + rows, shape[0])) for start in range(0, shape[0], rows)]
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,9 @@ from emergency_kit.training.schedule import interval, pass_rows, step_rows
 USABLE = 0.95
 FAMILIES = ("llama", "mistral", "qwen2")  # of the fused engine
 TOKENIZER_BYTES = 5_000_000
-# What matrix products reach of a card's peak, and everything else of its bandwidth: assumptions.
-PEAK_SHARE, BANDWIDTH_SHARE = 0.5, 0.75
+# What matrix products reach of a card's peak and everything else of its bandwidth, and seconds of the processor to start a layer's work forward and
+# back, under which no pass gets: fitted to the fused engine's steps on an H200 (benchmarks/RESULTS.md, Mistral-7B on a GPU); other cards were not measured.
+PEAK_SHARE, BANDWIDTH_SHARE, LAUNCH_SECONDS = 0.7, 0.9, 0.0095
 
 
 @dataclass
@@ -209,7 +210,8 @@ def predict(resolved: Resolved, card: Card, rows: dict[str, Any] | None = None) 
 def step_seconds(made: Plan, card: Card, tokens: int, supervised: int, passes: int) -> float:
     """Seconds of an optimizer step. Multiplications: 2 a weight and token forward, as many backward for inputs, as many again for the weights that
     are trained, and forward once more where activations are made again (Korthikanti et al. 2022). Traffic: 4-bit weights are read, written wide
-    and read again for each product (Dettmers et al. 2023); what autograd keeps is written and read once in each direction."""
+    and read again for each product (Dettmers et al. 2023); what autograd keeps is written and read once in each direction. Short rows
+    wait for the processor, which starts each layer's kernels."""
     shape, setting, training = made.shape, made.setting, made.resolved.config.training
     full = training.finetuning_type == "full"
     again = 1 - min(shape.layers, setting.kept_layers) / shape.layers if setting.recompute else 0
@@ -222,4 +224,5 @@ def step_seconds(made: Plan, card: Card, tokens: int, supervised: int, passes: i
     attention = 2.0 * tokens * made.load.work.longest * shape.heads * shape.width * shape.layers * (1 + again + 2.5)
     wide = shape.linear_parameters * (NF4_BYTES + 4.0 if setting.four_bit else float(setting.compute_bytes)) * passes * (2 if setting.fused else 2 + again)
     kept = shape.layers * memory.layer_bytes(shape, made.resolved.config.lora, setting, made.load.work) * tokens / max(1, made.load.work.tokens)
-    return (layers + head + attention) / (PEAK_SHARE * card.flops) + (wide + kept * 2 * (2 + again)) / (BANDWIDTH_SHARE * card.bandwidth)
+    work = (layers + head + attention) / (PEAK_SHARE * card.flops) + (wide + kept * 2 * (2 + again)) / (BANDWIDTH_SHARE * card.bandwidth)
+    return max(work, LAUNCH_SECONDS * shape.layers * passes)

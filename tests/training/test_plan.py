@@ -142,14 +142,29 @@ def test_mistral_in_four_bit_beside_the_guide_s_figures() -> None:
     assert not prediction.make(MISTRAL, shape, {}, 10e9).fits and prediction.make(MISTRAL, shape, {}, 12e9).fits
 
 
+H200 = prediction.Card("H200", 141e9, 793e12, 4.21e12)
+
+
+def of_length(length: int) -> dict[str, TokenRows]:
+    """The GPU benchmark's rows."""
+    lengths = [length + ((index * 37 % 101 - 50) if length == 350 else 0) for index in range(32)]
+    rows = TokenRows(np.full(sum(lengths), 5, np.int32), np.cumsum([0, *lengths]).astype(np.int64), np.array([one * 2 // 5 for one in lengths], np.int32))
+    return {"train": rows, "validation": rows}
+
+
 @pytest.mark.parametrize("kept, length, measured", [(False, 350, 7.52), (False, 512, 8.35), (False, 2048, 8.34), (True, 350, 15.19), (True, 512, 19.31), (True, 2048, 19.30)])
 def test_memory_is_near_what_a_gpu_took(kept: bool, length: int, measured: float) -> None:
     """Measured: most that torch had allocated on an H200, in GB (benchmarks/RESULTS.md, Mistral-7B on a GPU); context and fragmentation are not in that."""
-    lengths = [length + ((index * 37 % 101 - 50) if length == 350 else 0) for index in range(32)]
-    rows = TokenRows(np.full(sum(lengths), 5, np.int32), np.cumsum([0, *lengths]).astype(np.int64), np.array([one * 2 // 5 for one in lengths], np.int32))
     resolved = load_config("mistral-7b", settings=["training.max_steps=4", f"training.gradient_checkpointing={not kept}"])
-    terms = prediction.predict(resolved, prediction.Card("H200", 141e9, 775e12, 4.2e12), {"train": rows, "validation": rows}).terms
+    terms = prediction.predict(resolved, H200, of_length(length)).terms
     assert sum(value for name, value in terms.items() if name not in ("CUDA context", "fragmentation")) / 1e9 == pytest.approx(measured, rel=0.06)
+
+
+@pytest.mark.parametrize("again, length, measured", [("auto", 350, 0.35), ("auto", 512, 0.36), ("auto", 2048, 1.37), ("true", 350, 0.34), ("true", 512, 0.39), ("true", 2048, 1.50)])
+def test_seconds_are_near_what_a_gpu_took(again: str, length: int, measured: float) -> None:
+    """Measured: medians of three steps on an H200, of the same runs."""
+    resolved = load_config("mistral-7b", settings=["training.max_steps=4", f"training.gradient_checkpointing={again}"])
+    assert prediction.predict(resolved, H200, of_length(length)).step_seconds == pytest.approx(measured, rel=0.15)
 
 
 def test_what_does_not_fit_is_changed_and_the_effective_batch_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
