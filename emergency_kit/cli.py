@@ -24,6 +24,7 @@ from emergency_kit import terminal
 from emergency_kit.errors import ConfigError, Interrupted, KitError, UsageError, VerdictError
 from emergency_kit.training import ranks
 
+TRAINED = "EMERGENCY_KIT_TRAINED"  # the finished model of a pipeline that goes on in a fresh process
 LONG_VERBS = {"train", "sweep", "evaluate", "merge", "export-gguf", "pipeline"}
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -378,11 +379,14 @@ def pipeline(
 
     training = resolved.config.training
     adapter = Path(training.output_dir) / "checkpoints" / training.model_name
-    if adapter.exists() and not overwrite and is_trained_as(resolved, adapter):
-        print(f"1/4 train: {adapter} is already trained with this config on this data; --overwrite trains anew", flush=True)
+    trained = os.environ.get(TRAINED) == str(adapter.resolve())
+    if adapter.exists() and (trained or not overwrite) and is_trained_as(resolved, adapter):
+        print(f"1/4 train: {adapter} is {'' if trained else 'already '}trained with this config on this data{'' if trained else '; --overwrite trains anew'}", flush=True)
     else:
         print("1/4 train", flush=True)
         train_stage(resolved, overwrite=overwrite, scorer=_scorer)
+        if "unsloth" in sys.modules:  # it has made transformers its own, for a GPU alone: what follows needs a fresh process
+            os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | {TRAINED: str(adapter.resolve())})
     print("2/4 evaluate", flush=True)
     from emergency_kit.evaluation.run import evaluate as evaluate_stage
     from emergency_kit.export.merge import merge as merge_stage
@@ -669,4 +673,6 @@ def _explain(error: Exception, verb: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    from emergency_kit.cli import main as start  # by the module's own name: a sweep's workers look there for what they are handed
+
+    start()

@@ -57,7 +57,7 @@ class Engine:
         def pieces(state: State) -> Iterator[str]:
             ids: list[int] = []
             sent = 0
-            steps = self._decode([prompt], max_new_tokens, temperature, seed, grammar)
+            steps = self._decode([prompt], max_new_tokens, temperature, None if seed is None else [seed], grammar)
             while not (should_stop and should_stop()) and (step := next(steps, None)):
                 ids += step[1]
                 state.tokens = len(ids)
@@ -75,10 +75,10 @@ class Engine:
         return Stream(pieces, stop, grammar)
 
     def generate(self, batch: Sequence[Messages], max_new_tokens: int, batch_size: int = 8,
-                 progress: Progress | None = None, grammar: str = "") -> list[Generated]:
-        """Greedy answers to many prompts, in their order; `batch_size` of similar length are decoded together.
+                 progress: Progress | None = None, grammar: str = "", temperature: float = 0.0, seeds: Sequence[int] | None = None) -> list[Generated]:
+        """Answers to many prompts, in their order; `batch_size` of similar length are decoded together.
 
-        Raises ModelError before the first token when a prompt and `max_new_tokens` do not fit the
+        temperature: 0 is greedy. seeds: one a prompt, which fixes its sampled answer whatever stands beside it. Raises ModelError before the first token when a prompt and `max_new_tokens` do not fit the
         model's context.
         """
         prompts = [self.encode(messages) for messages in batch]
@@ -91,7 +91,7 @@ class Engine:
             chosen = order[start:start + batch_size]
             written: list[list[int]] = [[] for _ in chosen]
             open_rows = set(range(len(chosen)))
-            steps = self._decode([prompts[index] for index in chosen], max_new_tokens, grammar=grammar)
+            steps = self._decode([prompts[index] for index in chosen], max_new_tokens, temperature, [seeds[index] for index in chosen] if seeds else None, grammar)
             for step, (rows, tokens) in enumerate(steps, 1):
                 for row, token in zip(rows, tokens):
                     written[row].append(token)
@@ -115,7 +115,7 @@ class Engine:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _decode(self, prompts: list[list[int]], max_new_tokens: int, temperature: float = 0.0,
-                seed: int | None = None, grammar: str = "") -> Iterator[tuple[list[int], list[int]]]:
+                seeds: list[int] | None = None, grammar: str = "") -> Iterator[tuple[list[int], list[int]]]:
         """`(rows, tokens)` of every step: the next token of each row that has not ended, rows ascending."""
         device = self.model.device
         width = max(map(len, prompts))
@@ -124,17 +124,18 @@ class Engine:
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config.get_text_config())
-        random = torch.Generator(device)
-        random.manual_seed(seed) if seed is not None else random.seed()
+        random = [torch.Generator(device) for _ in prompts] if temperature else []
+        for row, generator in enumerate(random):
+            generator.manual_seed(seeds[row]) if seeds else generator.seed()
         constraints = [self._constrain(grammar) for _ in prompts] if grammar else []
         slots = list(range(len(prompts)))  # which row stands in each line of the tensors
         open_rows = set(slots)
         for _ in range(max_new_tokens):
             logits = self._step(ids, mask, positions, cache)
-            next_ids = _choose(logits, temperature, random)
+            next_ids = _choose(logits, temperature, [random[row] for row in slots] if random else [])
             for line, row in enumerate(slots if grammar else ()):
                 if row in open_rows:
-                    next_ids[line] = _choose_allowed(constraints[row], logits[line], next_ids[line], temperature, random)
+                    next_ids[line] = _choose_allowed(constraints[row], logits[line], next_ids[line], temperature, random[row:row + 1])
             tokens = next_ids.tolist()
             given = [(row, token) for row, token in zip(slots, tokens) if row in open_rows]
             yield [row for row, _ in given], [token for _, token in given]
@@ -162,14 +163,15 @@ class Engine:
         return Constraint(self._grammar_tokenizer, grammar, self._text, self.end_ids)
 
 
-def _choose(logits: torch.Tensor, temperature: float, random: torch.Generator) -> torch.Tensor:
-    """Token ids [rows] by logits [rows, vocabulary]."""
+def _choose(logits: torch.Tensor, temperature: float, random: Sequence[torch.Generator]) -> torch.Tensor:
+    """Token ids [rows] by logits [rows, vocabulary]; random: a generator a row."""
     if temperature == 0:
         return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=random)[:, 0]
+    probabilities = (logits / temperature).softmax(-1)
+    return torch.cat([torch.multinomial(row, 1, generator=generator) for row, generator in zip(probabilities, random)])
 
 
-def _choose_allowed(constraint: Constraint, logits: torch.Tensor, chosen: torch.Tensor, temperature: float, random: torch.Generator) -> torch.Tensor:
+def _choose_allowed(constraint: Constraint, logits: torch.Tensor, chosen: torch.Tensor, temperature: float, random: Sequence[torch.Generator]) -> torch.Tensor:
     """The chosen token where the grammar allows it, else one chosen among those that it allows: the same distribution, and far cheaper."""
     if not constraint.allows(int(chosen)):
         chosen = _choose(constraint.mask(logits)[None], temperature, random)[0]

@@ -33,11 +33,9 @@ def measured_gain() -> float:
 
 def cpu_features() -> str:
     """The matrix instructions that torch sees, in words."""
-    if torch.cpu._is_amx_tile_supported():
-        return "AMX"
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return f"{torch.backends.cpu.get_cpu_capability()} with bf16"
-    return f"{torch.backends.cpu.get_cpu_capability()} without bf16"
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return f"{torch.backends.cpu.get_cpu_capability()} without bf16"
+    return "AMX" if torch.cpu._is_amx_tile_supported() else f"{torch.backends.cpu.get_cpu_capability()} with bf16"
 
 
 @functools.cache

@@ -234,7 +234,7 @@ class KitTrainer(Trainer):
             self.stop.check()
             batch = self._prepare_inputs(self.data_collator([dataset[index]]))
             del batch["reference"]
-            with torch.no_grad(), self.compute_loss_context_manager():
+            with torch.no_grad(), self.accelerator.autocast():  # before training nothing has given the model's forward its own
                 found.append(self.model(**batch)["log_probs"].cpu().numpy())
             if time.monotonic() - started > 15:
                 started = time.monotonic()

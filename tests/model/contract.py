@@ -44,7 +44,11 @@ def check(name: str, tiny: Path, four_bit: bool, *settings: str) -> "Loaded":
     labels, mask = ids.clone(), torch.ones_like(ids)
     labels[:, :10] = -100
     labels[1, 25:], mask[1, 25:] = -100, 0
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=config.model.dtype != "float32" and backend.pick_dtype(config.model, device) != torch.float32):
+
+    def autocast() -> torch.autocast:  # as training has it
+        return torch.autocast(device, torch.bfloat16, enabled=backend.pick_dtype(config.model, device) != torch.float32)
+
+    with torch.no_grad(), autocast():
         logits = loaded.model.eval()(input_ids=ids, attention_mask=mask).logits.float()
     wanted = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum").item() / 50
     first = step(loaded, ids, labels, mask, backend.pick_dtype(config.model, device), None)
@@ -59,7 +63,7 @@ def check(name: str, tiny: Path, four_bit: bool, *settings: str) -> "Loaded":
     assert after.keys() == base.keys() and all(torch.equal(after[key], value) for key, value in base.items())
 
     # What is saved says the same on a base model that is loaded anew.
-    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad(), autocast():
         backend.save_trained(loaded.model, loaded.tokenizer, Path(folder))
         assert backend.check_checkpoint(Path(folder), config.model) == "adapter"
         again = module.load(config.model, device, False)

@@ -46,7 +46,8 @@ def section(name: object = "me/tiny", **settings: object) -> Any:
 
 @torch.no_grad()
 def logits(name: object = "me/tiny") -> torch.Tensor:
-    return backend.load_base(section(name)).model(IDS).logits
+    model = backend.load_base(section(name)).model
+    return model(IDS.to(model.device)).logits
 
 
 def refusal(name: object = "me/tiny", **settings: object) -> str:
