@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -67,7 +67,7 @@ class Split:
     def __iter__(self) -> Iterator[Record]:
         """Records of this split with their cards; raises DataError where there is none."""
         kept = self._select()
-        ground = _grounding(self.dataset)
+        ground = grounding(self.dataset)
         count = 0
         for count, record in enumerate(self._read(), 1):
             if kept is None or count <= len(kept) and kept[count - 1]:
@@ -79,17 +79,25 @@ class Split:
 
     def every(self) -> Iterator[Record]:
         """All records that the source's split has, with their cards, and no error where there is none."""
-        yield from map(_grounding(self.dataset), self._read())
+        yield from map(grounding(self.dataset), self._read())
 
     def _read(self, quiet: bool = False) -> Iterator[Record]:
         """Records of all rows that can become one. quiet: nothing is printed, counted or listed."""
-        forms: dict[tuple[str, ...], Form | None] = {}
         rows = self.source.rows(self.source_split)
         head = list(islice(rows, LOOK_AHEAD))
         self._look_at(head)
-        check = _card_check(self.dataset)
         self.rejected.clear()
-        for row in chain(head, rows):
+        yield from self.records(chain(head, rows), quiet)
+
+    def look(self) -> None:
+        """Raise DataError where the first rows have no known form."""
+        self._look_at(list(islice(self.source.rows(self.source_split), LOOK_AHEAD)))
+
+    def records(self, rows: Iterable[Row], quiet: bool = False) -> Iterator[Record]:
+        """Records of these rows, one after the other; `rejected` counts on."""
+        forms: dict[tuple[str, ...], Form | None] = {}
+        check = _card_check(self.dataset)
+        for row in rows:
             try:
                 record = check(self._build(row, forms, quiet))
             except Rejected as reason:
@@ -222,7 +230,7 @@ def _card_check(dataset: DatasetConfig) -> Callable[[Record], Record]:
     return check
 
 
-def _grounding(dataset: DatasetConfig) -> Callable[[Record], Record]:
+def grounding(dataset: DatasetConfig) -> Callable[[Record], Record]:
     """What finds the cards of a record that names none."""
     retriever: Any = None
 
@@ -258,6 +266,9 @@ def _choose(source: Files | Hub, dataset: DatasetConfig, seed: int, split: str) 
     limits = {"train": dataset.max_samples, "validation": dataset.max_eval_samples, "test": None}
     available = source.splits()
     limit = limits[split]
+    if dataset.streaming and split in ("train", "validation") and names["validation"] not in available:
+        raise DataError(f"dataset.streaming: {dataset.name} has no {names['validation']} split, and none can be held out of a stream; name another with "
+                        "dataset.validation_split, put a file of that name beside it, or prepare the data beforehand (dataset.streaming=false)")
     if split == "test" and names["test"] not in available:
         print(f"{dataset.name} has no {names['test']} split: the validation split stands in for it", flush=True)
         split = "validation"

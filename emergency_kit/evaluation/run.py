@@ -119,8 +119,12 @@ def finished_model(resolved: Resolved) -> Path:
 def _load_task(resolved: Resolved) -> Task:
     config = resolved.config
     test = load_split(resolved, "test")
-    train = open_split(resolved, "train")
-    trained = frozenset(hazard for record in (train if train.limit and not train.held_out else train.every()) for hazard in record.hazards)
+    if config.dataset.streaming:
+        print("Which hazards were trained is not known of a stream: all of the test records' count as trained", flush=True)
+        trained = frozenset(hazard for record in test for hazard in record.hazards)
+    else:
+        train = open_split(resolved, "train")
+        trained = frozenset(hazard for record in (train if train.limit and not train.held_out else train.every()) for hazard in record.hazards)
     records = select_records(test, config.evaluation.max_samples, config.training.seed, trained)
     cards = load_cards()
     _check_cards(records, cards, config.dataset.grounding)
