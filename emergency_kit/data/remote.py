@@ -101,7 +101,7 @@ def find_remote(name: str) -> tuple[PurePosixPath, list[Remote]]:
         elif not scheme.startswith("http") and filesystem.isdir(key):
             root, keys = PurePosixPath(key), filesystem.find(key, maxdepth=2)
         else:
-            root, keys = PurePosixPath(key).parent, [key] if filesystem.exists(key) else []
+            root, keys = None, [key] if filesystem.exists(key) else []
         # A glob also finds folders.
         keys = [found for found in keys if not (globbed and filesystem.isdir(found))]
     except failures() as error:
@@ -109,4 +109,5 @@ def find_remote(name: str) -> tuple[PurePosixPath, list[Remote]]:
     if not keys:
         what = "no such file, or its server cannot be reached" if scheme.startswith("http") else "no file matches" if globbed else "no such file or folder"
         raise DataError(f"dataset {name}: {what}; check dataset.name")
-    return root, [Remote(filesystem.unstrip_protocol(found), found, filesystem) for found in sorted(keys)]
+    files = [Remote(filesystem.unstrip_protocol(found), found, filesystem) for found in sorted(keys)]
+    return root or files[0].pure.parent, files
