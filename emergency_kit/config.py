@@ -79,6 +79,8 @@ class DatasetConfig(Section):
     """Seed of the embedded dataset's builder."""
     build_size: int = Field(default=3600, ge=100)
     """Records of the embedded dataset, all splits together."""
+    processes: Optional[int] = Field(default=None, ge=1)
+    """Processes that tokenise data of more than 5,000 records, to the same bytes whatever their number; one a core when empty."""
     overlength: Literal["error", "drop", "truncate_prompt"] = "error"
     """What happens to a record over `model.max_seq_length` tokens. An answer is never cut."""
     strict: bool = False

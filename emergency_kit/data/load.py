@@ -9,7 +9,7 @@ first of them fatal. Memory: none that grows, but 9 bytes a record where a split
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Callable, Iterable, Iterator
@@ -22,13 +22,13 @@ from emergency_kit.data.build import ensure_built
 from emergency_kit.data.columns import MAP_THEM, SUPPORTED, Form, Rejected, recognise
 from emergency_kit.data.format import Record
 from emergency_kit.data.formats import Row
+from emergency_kit.data.grounding import grounding
 from emergency_kit.data.rejected import RejectedList, describe_rejected
 from emergency_kit.data.sources import Files, Hub, open_source
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import load_numbers
 from emergency_kit.knowledge.index import cue_digest
-from emergency_kit.knowledge.retrieve import Retriever
 
 HELD_OUT_SHARE = 0.1
 # Rows that are looked at before the first is read: a form that none of them has is an error of the whole file.
@@ -66,12 +66,15 @@ class Split:
 
     def __iter__(self) -> Iterator[Record]:
         """Records of this split with their cards; raises DataError where there is none."""
+        return map(grounding(self.dataset), self.chosen())
+
+    def chosen(self) -> Iterator[Record]:
+        """The same without the cards that retrieval finds."""
         kept = self._select()
-        ground = grounding(self.dataset)
         count = 0
         for count, record in enumerate(self._read(), 1):
             if kept is None or count <= len(kept) and kept[count - 1]:
-                yield ground(record)
+                yield record
         if kept is not None and count != len(kept):
             raise DataError(f"dataset {self.source.name}: changed while it was read; run again")
         if not count:
@@ -228,21 +231,6 @@ def _card_check(dataset: DatasetConfig) -> Callable[[Record], Record]:
         return record
 
     return check
-
-
-def grounding(dataset: DatasetConfig) -> Callable[[Record], Record]:
-    """What finds the cards of a record that names none."""
-    retriever: Any = None
-
-    def ground(record: Record) -> Record:
-        nonlocal retriever
-        if record.cards is not None or dataset.grounding != "cards":
-            return record
-        retriever = retriever or Retriever(load_cards(), dataset.top_k)
-        found = retriever.find(record.input or record.instruction)
-        return replace(record, cards=tuple(found.ids), fits=found.fits)
-
-    return ground
 
 
 def open_split(resolved: Resolved, split: str) -> Split:

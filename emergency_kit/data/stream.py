@@ -19,7 +19,7 @@ from emergency_kit.data.cache import cache_key
 from emergency_kit.data.columns import Rejected
 from emergency_kit.data.format import Record
 from emergency_kit.data.formats import Row
-from emergency_kit.data.load import grounding
+from emergency_kit.data.grounding import grounding
 from emergency_kit.data.rejected import describe_rejected
 from emergency_kit.data.tokenize import IGNORE, encode
 from emergency_kit.errors import DataError, UsageError
