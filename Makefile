@@ -46,13 +46,13 @@ verify: setup ## Check the environment: packages, model, tokenizer, GPU, disk
 	@$(KIT) verify $(ARGS)
 
 train: setup ## Train LoRA adapters (outputs/checkpoints/final); NPROC=4 with four processes on this machine
-	@$(if $(NPROC),$(VENV)/bin/python -m emergency_kit.training.launch $(NPROC),$(KIT) train) $(ARGS)
+	@$(if $(NPROC),$(VENV)/bin/python -m emergency_kit.training.launch $(NPROC),$(KIT)) train $(ARGS)
 
 plan: setup ## Say what training will take before it loads anything: steps, time, memory, disk (ARGS="--gpu 16GB --fit" for a card that is not here)
 	@$(KIT) plan $(ARGS)
 
-evaluate: setup ## Answer the test split, score it beside the base model (outputs/evaluation_report.json)
-	@$(KIT) evaluate $(ARGS)
+evaluate: setup ## Answer the test split, score it beside the base model (outputs/evaluation_report.json); NPROC=4 with four processes on this machine
+	@$(if $(NPROC),$(VENV)/bin/python -m emergency_kit.training.launch $(NPROC),$(KIT)) evaluate $(ARGS)
 
 evaluate-ai: setup ## The same, with a language model as judge (ANTHROPIC_API_KEY in the environment or .env)
 	@$(KIT) evaluate --ai --ai-provider anthropic $(ARGS)
@@ -178,8 +178,8 @@ test: setup $(VENV)/installed-test.txt ## Run the tests
 	@bash tests/install_browser.sh
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; a sweep of two workers disturbed likewise (five minutes)
-	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py tests/training/test_sweep.py $(ARGS)
+prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; a streamed run, an evaluation and a sweep of two workers disturbed likewise (ten minutes)
+	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py tests/training/test_sweep.py tests/evaluation/test_divided.py tests/training/test_data_of_ranks.py $(ARGS)
 
 storm: setup ## Pull the plug at least 200 times, plant faults, damage and 500,000 mutated inputs (two hours; installs wandb into .venv; some parts need root and cc)
 	@$(PIP) wandb

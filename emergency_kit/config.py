@@ -49,7 +49,7 @@ class DatasetConfig(Section):
 
     name: str = Field(default="embedded", min_length=1)
     """`embedded` (built from the knowledge cards), a Hub dataset (`owner/name` or `owner/name:revision`), or local files: one, a
-    folder or a glob, of .jsonl, .json, .csv, .tsv, .parquet or .arrow, plain or packed as .gz or .zst."""
+    folder or a glob, of .jsonl, .json, .csv, .tsv, .parquet or .arrow, plain or packed as .gz or .zst; or the address of such (`s3://`, `gs://`, `https://`)."""
     config_name: Optional[str] = None
     """Configuration (subset) of a Hub dataset."""
     revision: Optional[str] = None
@@ -66,6 +66,11 @@ class DatasetConfig(Section):
     """`cards` puts the knowledge cards that fit a scenario into its prompt; `none` leaves the prompt as it is."""
     top_k: int = Field(default=2, ge=1, le=5)
     """Most knowledge cards in one prompt."""
+    streaming: bool = False
+    """Read, format and tokenise the training rows as they come instead of beforehand: for more of them than the disk should hold. Needs
+    `training.max_steps` and a validation split, which is prepared as ever. A resumed run reads on where it was."""
+    shuffle_window: int = Field(default=1000, ge=1)
+    """Under `streaming`: rows that are held at a time and drawn in an order of their own, by `training.seed`; 1 keeps the source's order."""
     max_samples: Optional[int] = Field(default=None, ge=1)
     """Most training records, drawn by seed after shuffling, the categories in turn; all when empty."""
     max_eval_samples: Optional[int] = Field(default=None, ge=1)
@@ -74,6 +79,8 @@ class DatasetConfig(Section):
     """Seed of the embedded dataset's builder."""
     build_size: int = Field(default=3600, ge=100)
     """Records of the embedded dataset, all splits together."""
+    processes: Optional[int] = Field(default=None, ge=1)
+    """Processes that tokenise data of more than 5,000 records, to the same bytes whatever their number; one a core when empty."""
     overlength: Literal["error", "drop", "truncate_prompt"] = "error"
     """What happens to a record over `model.max_seq_length` tokens. An answer is never cut."""
     strict: bool = False

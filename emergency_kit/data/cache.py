@@ -24,7 +24,9 @@ from filelock import FileLock, Timeout
 
 from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import Resolved
+from emergency_kit.data.divide import cores
 from emergency_kit.data.format import Record, record_messages
+from emergency_kit.data.grounding import grounding
 from emergency_kit.data.rejected import RejectedList, say_rejected
 from emergency_kit.data.template import render_prompt
 from emergency_kit.data.tokenize import TokenRows, build_rows, map_ids, say_changed
@@ -38,7 +40,8 @@ if TYPE_CHECKING:
 DAY_SECONDS = 86400
 _PACKAGE = Path(__file__).resolve().parent.parent
 # What these files and packages do decides which tokens a record becomes.
-_CODE = ("data/cache.py", "data/columns.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/load.py", "data/sources.py", "data/template.py", "data/tokenize.py",
+_CODE = ("data/cache.py", "data/columns.py", "data/divide.py", "data/duplicates.py", "data/format.py", "data/formats.py", "data/grounding.py",
+         "data/load.py", "data/remote.py", "data/sources.py", "data/template.py", "data/tokenize.py",
          "knowledge/cards.py", "knowledge/emergency_numbers.py", "knowledge/emergency_numbers.yaml", "knowledge/index.py", "knowledge/retrieve.py")
 _LIBRARIES = ("numpy", "rensa", "tokenizers", "transformers")
 
@@ -100,7 +103,7 @@ def _build_entry(folder: Path, split: Split, digest: str, tokenizer: Any, resolv
     remove_leftovers(folder.parent)
     with staged_folder(folder) as temporary:
         with RejectedList(split, temporary / "rejected.jsonl", shown_as=folder / "rejected.jsonl"):
-            rows = build_rows(split, tokenizer, resolved, temporary)
+            rows = build_rows(split.chosen(), tokenizer, resolved, temporary, grounding(split.dataset), resolved.config.dataset.processes or cores())
         if split.digest() != digest:
             raise DataError(f"dataset {split.source.name}: changed while it was read; run again")
         about = {"dataset": split.source.name, "split": split.name, "said": split.said, "rows": len(rows), "tokens": len(rows.ids),

@@ -1,6 +1,6 @@
 """Formats: the rows of one file, whatever it is packed in.
 
-In: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, plain, .gz or .zst. Out: `Row`s with the place
+In: a .jsonl, .json, .csv, .tsv, .parquet or .arrow file, plain, .gz or .zst, local or remote. Out: `Row`s with the place
 they came from; a line that cannot be read is a `Row` with a problem, a file that cannot be read is a
 `DataError`. Memory does not grow with the file, except for .json and for packed .parquet and .arrow
 files, which are read whole.
@@ -19,8 +19,10 @@ from typing import Any, BinaryIO, Callable, Iterator, Mapping
 
 import pyarrow as pa
 
+from emergency_kit.data.remote import Remote, failures
 from emergency_kit.errors import DataError
 
+File = Path | Remote
 READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 # Rows of a table that are Python objects at a time.
@@ -37,7 +39,7 @@ class Row:
     problem: str = ""
 
 
-def format_of(path: Path) -> str:
+def format_of(path: File) -> str:
     """`.jsonl` of `train.jsonl.gz`."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in PACKED:
@@ -45,12 +47,12 @@ def format_of(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def read_file(path: Path) -> Iterator[Row]:
+def read_file(path: File) -> Iterator[Row]:
     """Rows of one file of any readable format; raises DataError when the file as a whole cannot be read."""
-    readers: dict[str, Callable[[Path, Any], Iterator[Row]]] = {
+    readers: dict[str, Callable[[File, Any], Iterator[Row]]] = {
         ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
-        if path.stat().st_size == 0:
+        if (path.size_bytes() if isinstance(path, Remote) else path.stat().st_size) == 0:
             raise DataError(f"dataset {path}: empty; expected one row or more")
         with _open(path) as stream:
             if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") and format_of(path) != ".arrow":
@@ -58,15 +60,16 @@ def read_file(path: Path) -> Iterator[Row]:
             yield from readers.get(format_of(path), _read_jsonl)(path, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"dataset {path}: damaged or cut short ({(str(error).splitlines() or [''])[0][:100]}); get the file again") from None
-    except OSError as error:
-        raise DataError(f"dataset {path}: cannot be read ({error.strerror or str(error)[:100]}); get the file again or check its permissions") from None
+    except failures() as error:
+        raise DataError(f"dataset {path}: cannot be read ({getattr(error, 'strerror', None) or str(error)[:100]}); get the file again or check its permissions") from None
 
 
-def _open(path: Path) -> Any:
+def _open(path: File) -> Any:
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rb")
+        return gzip.open(path.open("rb") if isinstance(path, Remote) else path, "rb")
     if path.suffix.lower() == ".zst":
-        return io.BufferedReader(_Raw(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))
+        packed = pa.PythonFile(path.open("rb")) if isinstance(path, Remote) else pa.OSFile(str(path))
+        return io.BufferedReader(_Raw(pa.CompressedInputStream(packed, "zstd")))
     return path.open("rb")
 
 
@@ -85,7 +88,7 @@ class _Raw(io.RawIOBase):
         return len(data)
 
 
-def _read_jsonl(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _read_jsonl(path: File, stream: BinaryIO) -> Iterator[Row]:
     for number, line in enumerate(stream, 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -106,7 +109,7 @@ def _object(place: str, value: Any) -> Row:
     return Row(place, value) if isinstance(value, dict) else Row(place, {"value": value}, f"not a JSON object but {type(value).__name__}")
 
 
-def _read_json(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _read_json(path: File, stream: BinaryIO) -> Iterator[Row]:
     content = stream.read()
     try:
         document = json.loads(content.decode("utf-8-sig"))
@@ -125,7 +128,7 @@ def _read_json(path: Path, stream: BinaryIO) -> Iterator[Row]:
         yield _object(f"{path}:item {number}", value)
 
 
-def _read_csv(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _read_csv(path: File, stream: BinaryIO) -> Iterator[Row]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     reader = csv.reader(text, delimiter="\t" if format_of(path) == ".tsv" else ",", strict=True)
     header: list[str] = []
@@ -162,13 +165,13 @@ def _csv_row(place: str, header: list[str], fields: list[str]) -> Row:
     return Row(place, value)
 
 
-def _read_parquet(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _read_parquet(path: File, stream: BinaryIO) -> Iterator[Row]:
     import pyarrow.parquet as parquet
 
     yield from _table_rows(path, parquet.ParquetFile(_seekable(path, stream)).iter_batches(_TABLE_ROWS))
 
 
-def _read_arrow(path: Path, stream: BinaryIO) -> Iterator[Row]:
+def _read_arrow(path: File, stream: BinaryIO) -> Iterator[Row]:
     data = _seekable(path, stream)
     head = data.read(6)
     data.seek(0)
@@ -179,11 +182,11 @@ def _read_arrow(path: Path, stream: BinaryIO) -> Iterator[Row]:
         yield from _table_rows(path, pa.ipc.open_stream(data))
 
 
-def _seekable(path: Path, stream: BinaryIO) -> BinaryIO:
+def _seekable(path: File, stream: BinaryIO) -> BinaryIO:
     return io.BytesIO(stream.read()) if path.suffix.lower() in PACKED else stream
 
 
-def _table_rows(path: Path, batches: Any) -> Iterator[Row]:
+def _table_rows(path: File, batches: Any) -> Iterator[Row]:
     number = 0
     for batch in batches:
         batch.validate(full=True)  # offsets of a damaged file lead anywhere; pyarrow would follow them

@@ -9,10 +9,10 @@ first of them fatal. Memory: none that grows, but 9 bytes a record where a split
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -22,13 +22,13 @@ from emergency_kit.data.build import ensure_built
 from emergency_kit.data.columns import MAP_THEM, SUPPORTED, Form, Rejected, recognise
 from emergency_kit.data.format import Record
 from emergency_kit.data.formats import Row
+from emergency_kit.data.grounding import grounding
 from emergency_kit.data.rejected import RejectedList, describe_rejected
 from emergency_kit.data.sources import Files, Hub, open_source
 from emergency_kit.errors import DataError
 from emergency_kit.knowledge.cards import card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import load_numbers
 from emergency_kit.knowledge.index import cue_digest
-from emergency_kit.knowledge.retrieve import Retriever
 
 HELD_OUT_SHARE = 0.1
 # Rows that are looked at before the first is read: a form that none of them has is an error of the whole file.
@@ -66,12 +66,15 @@ class Split:
 
     def __iter__(self) -> Iterator[Record]:
         """Records of this split with their cards; raises DataError where there is none."""
+        return map(grounding(self.dataset), self.chosen())
+
+    def chosen(self) -> Iterator[Record]:
+        """The same without the cards that retrieval finds."""
         kept = self._select()
-        ground = _grounding(self.dataset)
         count = 0
         for count, record in enumerate(self._read(), 1):
             if kept is None or count <= len(kept) and kept[count - 1]:
-                yield ground(record)
+                yield record
         if kept is not None and count != len(kept):
             raise DataError(f"dataset {self.source.name}: changed while it was read; run again")
         if not count:
@@ -79,17 +82,25 @@ class Split:
 
     def every(self) -> Iterator[Record]:
         """All records that the source's split has, with their cards, and no error where there is none."""
-        yield from map(_grounding(self.dataset), self._read())
+        yield from map(grounding(self.dataset), self._read())
 
     def _read(self, quiet: bool = False) -> Iterator[Record]:
         """Records of all rows that can become one. quiet: nothing is printed, counted or listed."""
-        forms: dict[tuple[str, ...], Form | None] = {}
         rows = self.source.rows(self.source_split)
         head = list(islice(rows, LOOK_AHEAD))
         self._look_at(head)
-        check = _card_check(self.dataset)
         self.rejected.clear()
-        for row in chain(head, rows):
+        yield from self.records(chain(head, rows), quiet)
+
+    def look(self) -> None:
+        """Raise DataError where the first rows have no known form."""
+        self._look_at(list(islice(self.source.rows(self.source_split), LOOK_AHEAD)))
+
+    def records(self, rows: Iterable[Row], quiet: bool = False) -> Iterator[Record]:
+        """Records of these rows, one after the other; `rejected` counts on."""
+        forms: dict[tuple[str, ...], Form | None] = {}
+        check = _card_check(self.dataset)
+        for row in rows:
             try:
                 record = check(self._build(row, forms, quiet))
             except Rejected as reason:
@@ -222,21 +233,6 @@ def _card_check(dataset: DatasetConfig) -> Callable[[Record], Record]:
     return check
 
 
-def _grounding(dataset: DatasetConfig) -> Callable[[Record], Record]:
-    """What finds the cards of a record that names none."""
-    retriever: Any = None
-
-    def ground(record: Record) -> Record:
-        nonlocal retriever
-        if record.cards is not None or dataset.grounding != "cards":
-            return record
-        retriever = retriever or Retriever(load_cards(), dataset.top_k)
-        found = retriever.find(record.input or record.instruction)
-        return replace(record, cards=tuple(found.ids), fits=found.fits)
-
-    return ground
-
-
 def open_split(resolved: Resolved, split: str) -> Split:
     """The split `train`, `validation` or `test`, with `max_samples` and `max_eval_samples` applied to the first two."""
     return open_splits(resolved, split)[split]
@@ -258,6 +254,9 @@ def _choose(source: Files | Hub, dataset: DatasetConfig, seed: int, split: str) 
     limits = {"train": dataset.max_samples, "validation": dataset.max_eval_samples, "test": None}
     available = source.splits()
     limit = limits[split]
+    if dataset.streaming and split in ("train", "validation") and names["validation"] not in available:
+        raise DataError(f"dataset.streaming: {dataset.name} has no {names['validation']} split, and none can be held out of a stream; name another with "
+                        "dataset.validation_split, put a file of that name beside it, or prepare the data beforehand (dataset.streaming=false)")
     if split == "test" and names["test"] not in available:
         print(f"{dataset.name} has no {names['test']} split: the validation split stands in for it", flush=True)
         split = "validation"

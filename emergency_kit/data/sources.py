@@ -1,6 +1,6 @@
 """Sources: a dataset's name becomes rows of a split, read one after the other.
 
-In: `dataset.name`: a folder, a file, a glob or a Hub dataset. Out: `Row`s in file and position order, or a
+In: `dataset.name`: a folder, a file, a glob, an address of any of these, or a Hub dataset. Out: `Row`s in file and position order, or a
 `DataError`. Files and folders are told from Hub names by what is on the disk and by how the name is
 written. A file that changes while it is read is noticed by `digest`, not here.
 """
@@ -10,14 +10,15 @@ from __future__ import annotations
 import glob
 import os
 import re
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Iterator
 
 import numpy as np
 
 from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import DatasetConfig
-from emergency_kit.data.formats import READABLE, Row, format_of, read_file
+from emergency_kit.data.formats import READABLE, File, Row, format_of, read_file
+from emergency_kit.data.remote import Remote, failures, find_remote, is_remote
 from emergency_kit.errors import DataError
 
 _OTHER_NAMES = {"validation": ("valid", "val", "dev"), "train": ("training",)}
@@ -27,13 +28,13 @@ _NOT_DATA = ("manifest.json", "dataset_info.json", "state.json", "dataset_dict.j
 
 
 class Files:
-    """Local files, each assigned to a split by its name; files that name no split are the training split."""
+    """Files, local or remote, each assigned to a split by its name; files that name no split are the training split."""
 
     def __init__(self, name: str, dataset: DatasetConfig):
         self.name = name
         root, paths = _find(name)
         wanted = (dataset.train_split, dataset.validation_split, dataset.test_split)
-        named = {path: _split_of(path.relative_to(root), wanted) for path in paths}
+        named = {path: _split_of((path.pure if isinstance(path, Remote) else path).relative_to(root), wanted) for path in paths}
         if not any(named.values()):
             named = dict.fromkeys(paths, dataset.train_split)
         files = {split: [path for path in paths if named[path] == split] for split in wanted}
@@ -46,7 +47,7 @@ class Files:
         """Names of the splits that have files: train, validation, test."""
         return list(self._files)
 
-    def files(self, split: str) -> list[Path]:
+    def files(self, split: str) -> list[File]:
         """Files of a split; raises DataError where there are none."""
         if split not in self._files:
             raise DataError(f"dataset {self.name}: no split {split!r}; it has {', '.join(self._files)}. Next: name its splits with dataset.train_split and the like")
@@ -62,12 +63,18 @@ class Files:
         for path in self.files(split):
             yield from read_file(path)
 
+    def stream(self, split: str) -> Any:
+        """The rows as a `datasets.IterableDataset`, whose state can be kept; a shard a file."""
+        from datasets import IterableDataset
+
+        return IterableDataset.from_generator(_read_all, gen_kwargs={"files": self.files(split)})
+
     def digest(self, split: str) -> str:
-        """sha256 over the bytes of a split's files, whatever they are called."""
+        """sha256 over the bytes of a split's files, whatever they are called; of remote ones over what their server says of them."""
         try:
-            return hash_json([[format_of(path), hash_file(path)] for path in self.files(split)])
-        except OSError as error:
-            raise DataError(f"dataset {error.filename}: cannot be read ({error.strerror})") from None
+            return hash_json([[format_of(path), path.digest() if isinstance(path, Remote) else hash_file(path)] for path in self.files(split)])
+        except failures() as error:
+            raise DataError(f"dataset {getattr(error, 'filename', None) or self.name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
 
 class Hub:
@@ -77,20 +84,26 @@ class Hub:
         import httpx
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError
+        from huggingface_hub import HfApi
 
         name, _, revision = dataset.name.partition(":")
         self.name = dataset.name
         if revision and dataset.revision and revision != dataset.revision:
             raise DataError(f"dataset {dataset.name}: dataset.revision is {dataset.revision!r}; name one revision")
         revision = dataset.revision or revision
+        self._commit = ""
         try:
-            self._data = load_dataset(name, dataset.config_name, revision=revision or None)
+            if dataset.streaming:
+                # Fixed, so that the rows stay the same whatever is pushed meanwhile.
+                revision = self._commit = HfApi().dataset_info(name, revision=revision or None).sha or ""
+            self._data = load_dataset(name, dataset.config_name, revision=revision or None, streaming=dataset.streaming)
         # RuntimeError: a dataset that is a script, which `datasets` no longer runs.
         except (DatasetsError, OSError, ValueError, RuntimeError, httpx.HTTPError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
             raise DataError(f"dataset {dataset.name}: cannot be loaded from the Hub ({first}); check the name, the network and, for a private "
                             "one, HF_TOKEN, or use local files: --set dataset.name=FILE") from None
-        self._check_revision(name, revision or "main")
+        if not dataset.streaming:
+            self._check_revision(name, revision or "main")
         self._actual = {split: split for split in self._data}
         for wanted in (dataset.train_split, dataset.validation_split):
             for other in _OTHER_NAMES.get(wanted, ()):
@@ -129,9 +142,22 @@ class Hub:
         """The dataset's and the split's name."""
         return f"{self.name} ({self._actual[split]})"
 
+    def stream(self, split: str) -> Any:
+        """The rows as a `datasets.IterableDataset`, whose state can be kept."""
+        return self._split(split).map(lambda value, number: {"place": f"{self.name}/{split}:{number + 1}", "value": value, "problem": ""}, with_indices=True,
+                                      remove_columns=self._split(split).column_names)
+
     def digest(self, split: str) -> str:
-        """Fingerprint that the `datasets` library keeps of a split's content."""
+        """Fingerprint that the `datasets` library keeps of a split's content; of a streamed one its commit."""
+        if self._commit:
+            return hash_json(["hub", self.name, self._commit, self._actual[split]])
         return hash_json(["hub", self._split(split)._fingerprint])
+
+
+def _read_all(files: list[File]) -> Iterator[dict[str, Any]]:
+    for path in files:
+        for row in read_file(path):
+            yield {"place": row.place, "value": row.value, "problem": row.problem}
 
 
 def open_source(dataset: DatasetConfig, embedded: Path | None = None) -> Files | Hub:
@@ -141,20 +167,27 @@ def open_source(dataset: DatasetConfig, embedded: Path | None = None) -> Files |
     """
     if dataset.name == "embedded":
         return Files(str(embedded), dataset)
+    if is_remote(dataset.name):
+        return Files(dataset.name, dataset)
     name = os.path.expanduser(dataset.name)
     local = os.path.exists(name) or name.startswith((".", os.sep)) or name != dataset.name or any(mark in name for mark in "*?[")
     local = local or name.partition(":")[0].count("/") > 1 or format_of(Path(name)) in READABLE
     return Files(name, dataset) if local else Hub(dataset)
 
 
-def _find(name: str) -> tuple[Path, list[Path]]:
+def _find(name: str) -> tuple[PurePath, list[File]]:
     """`(folder below which names tell the split, files)`."""
     path = Path(name)
-    if path.is_dir():
+    root: PurePath
+    found: list[File]
+    if is_remote(name):
+        root, remote = find_remote(name)
+        found = [file for file in remote if not file.name.startswith(".") and file.name not in _NOT_DATA]
+    elif path.is_dir():
         # One level of folders: `train/data-00000.arrow`, as `save_to_disk` writes them.
         root = path
-        found = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file() and not file.name.startswith("."))
-        found = [file for file in found if file.name not in _NOT_DATA]
+        inside = sorted(file for pattern in ("*", "*/*") for file in path.glob(pattern) if file.is_file() and not file.name.startswith("."))
+        found = [file for file in inside if file.name not in _NOT_DATA]
     elif path.is_file():
         root, found = path.parent, [path]
     else:
@@ -169,7 +202,7 @@ def _find(name: str) -> tuple[Path, list[Path]]:
     return root, readable
 
 
-def _split_of(path: Path, wanted: tuple[str, ...]) -> str | None:
+def _split_of(path: PurePath, wanted: tuple[str, ...]) -> str | None:
     """Split that a folder or a file is named after, at either end: `test.csv`, `test-00001.parquet`, `pans_test.jsonl`, `test/data.arrow`."""
     names = [folder.lower() for folder in path.parts[:-1]] + [path.name.lower().split(".")[0]]
     for split in wanted:

@@ -14,12 +14,13 @@ import os
 from array import array
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterable, Iterator, Sequence
+from typing import Any, Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 import xxhash
 
 from emergency_kit.config import Resolved
+from emergency_kit.data.divide import divide
 from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.template import PromptRenderer, find_turn, render_prompt
 from emergency_kit.errors import DataError
@@ -123,14 +124,18 @@ def fit_row(name: str, prompt: list[int], answer: list[int], limit: int, overlen
                     "raise it, or set dataset.overlength to drop or truncate_prompt (an answer is never cut)")
 
 
-def encode(records: Iterable[Record], tokenizer: Any, resolved: Resolved, limit: int | None = None) -> Iterator[Encoded]:
-    """Tokenise records in order, a batch at a time, under `dataset.overlength`; `limit` replaces `model.max_seq_length`."""
+def encode(records: Iterable[Record], tokenizer: Any, resolved: Resolved, limit: int | None = None, ground: Callable[[Record], Record] = lambda record: record,
+           processes: int = 1) -> Iterator[Encoded]:
+    """Tokenise records in order, a batch at a time, under `dataset.overlength`; `limit` replaces `model.max_seq_length`, `ground` finds a record's
+    cards. processes: among which the batches of long data are divided, to the same rows."""
     dataset = resolved.config.dataset
     limit = limit or resolved.config.model.max_seq_length
     cards = load_cards() if dataset.grounding == "cards" else {}
     render, opening = PromptRenderer(tokenizer), _opening(tokenizer)
     batched = _Tokenise(tokenizer)
-    for batch in _batches(records, BATCH):
+
+    def one(batch: list[Record]) -> list[Encoded]:
+        batch, rows = [ground(record) for record in batch], []
         prompts, answers = batched.rows([render(record_messages(record, cards, dataset.grounding)) for record in batch],
                                         [record.output.strip() for record in batch])
         for record, prompt, answer in zip(batch, prompts, answers):
@@ -138,10 +143,14 @@ def encode(records: Iterable[Record], tokenizer: Any, resolved: Resolved, limit:
             row = fit_row(record.id, prompt, answer, limit, dataset.overlength)
             total = len(prompt) + len(answer)
             if row is None:
-                yield Encoded(record, [], 0, total, len(answer))
+                rows.append(Encoded(record, [], 0, total, len(answer)))
             else:
                 _check_row(record.id, *row, tokenizer, batched.end)
-                yield Encoded(record, *row, total, len(answer))
+                rows.append(Encoded(record, *row, total, len(answer)))
+        return rows
+
+    for rows in divide(one, _batches(records, BATCH), processes):
+        yield from rows
 
 
 class _Tokenise:
@@ -208,8 +217,9 @@ def _check_row(name: str, row: list[int], prompt: int, tokenizer: Any, end: int)
         raise DataError(f"record {name}: begins with two {tokenizer.bos_token!r}; check the chat template")
 
 
-def build_rows(records: Iterable[Record], tokenizer: Any, resolved: Resolved, folder: Path | None = None) -> TokenRows:
-    """Tokenise records into memory, or into `folder` with no more than a batch in memory.
+def build_rows(records: Iterable[Record], tokenizer: Any, resolved: Resolved, folder: Path | None = None, ground: Callable[[Record], Record] = lambda record: record,
+               processes: int = 1) -> TokenRows:
+    """Tokenise records into memory, or into `folder` with no more than a few batches in memory. ground, processes: see `encode`.
 
     What was dropped or truncated is counted and printed, and fatal under `dataset.strict`.
     """
@@ -217,7 +227,7 @@ def build_rows(records: Iterable[Record], tokenizer: Any, resolved: Resolved, fo
     changed: dict[str, list[str]] = {"dropped": [], "truncated in the prompt": []}
     stream = (folder / "ids.bin").open("wb") if folder else None
     try:
-        for row in encode(records, tokenizer, resolved):
+        for row in encode(records, tokenizer, resolved, None, ground, processes):
             kind = "dropped" if not row.ids else "truncated in the prompt" if len(row.ids) < row.tokens else ""
             if kind:
                 changed[kind].append(row.record.id)

@@ -1,8 +1,9 @@
 """Answers kept on disk, so that an evaluation goes on where it was and a second one costs nothing.
 
 In: a model's hash, a prompt and the settings of generation. Out: the answer that this very model gave before, or
-None. One append-only file a model under `<output_dir>/cache/answers/`, one JSON object a line with a checksum: a
-line that a crash cut short, or that was changed, is left out and answered again. Two processes may append at once.
+None. One append-only file a model and rank under `<output_dir>/cache/answers/`, one JSON object a line with a checksum: a
+line that a crash cut short, or that was changed, is left out and answered again. Two processes may append at once, but not
+two hosts on a network's disk, so that each rank has a file of its own; all are read.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from emergency_kit.artifacts import hash_json
 from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.training import ranks
 
 CHECK_LETTERS = 16
 
@@ -27,21 +29,25 @@ class Answers:
     """The answers of one model; `fingerprint` is the hash of its files and of the engine that runs it."""
 
     def __init__(self, folder: Path, fingerprint: str):
-        self.path = folder / f"{fingerprint[:32]}.jsonl"
+        self.path = folder / (f"{fingerprint[:32]}.jsonl" if ranks.is_first() else f"{fingerprint[:32]}-{ranks.rank()}.jsonl")
         self.damaged = 0
-        self._known: dict[str, Generated] = {}
-        if self.path.is_file():
-            for line in self.path.read_bytes().split(b"\n"):
+        self.known: dict[str, Generated] = {}
+        for path in sorted(folder.glob(f"{fingerprint[:32]}*.jsonl")):
+            for line in path.read_bytes().split(b"\n"):
                 if line.strip():
                     self._read(line)
 
     def get(self, key: str) -> Generated | None:
         """The answer kept under a key, or None."""
-        return self._known.get(key)
+        return self.known.get(key)
+
+    def take(self, answers: dict[str, Generated]) -> None:
+        """Know answers that other ranks have kept."""
+        self.known |= answers
 
     def put(self, key: str, answer: Generated) -> None:
         """Keep an answer: on the disk when this returns."""
-        self._known[key] = answer
+        self.known[key] = answer
         value = {"key": key, "text": answer.text, "tokens": answer.tokens, "ended": answer.ended}
         line = json.dumps(value | {"check": hash_json(value)[:CHECK_LETTERS]}, ensure_ascii=True).encode()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,14 +60,14 @@ class Answers:
             os.close(descriptor)
 
     def __len__(self) -> int:
-        return len(self._known)
+        return len(self.known)
 
     def _read(self, line: bytes) -> None:
         try:
             value: Any = json.loads(line)
             check = value.pop("check")
             if check == hash_json(value)[:CHECK_LETTERS]:
-                self._known[value["key"]] = Generated(value["text"], value["tokens"], value["ended"])
+                self.known[value["key"]] = Generated(value["text"], value["tokens"], value["ended"])
                 return
         except (ValueError, KeyError, TypeError, AttributeError):
             pass

@@ -1,14 +1,15 @@
 """Contestants: anything that can answer, opened in one way.
 
 In: a word that names it: `base`, an adapter, merged or base folder, a `.gguf` file, or an OpenAI-compatible endpoint
-(`http://host:port/v1#model`). Out: a `Contestant`, which answers prompts with answers kept on disk. On a CPU a folder is
-run by llama.cpp from a file made for the purpose and proved against PyTorch; whatever runs, its description says so.
+(`http://host:port/v1#model`). Out: a `Contestant`, which answers prompts with answers kept on disk; several ranks answer a part each. On a
+CPU a folder is run by llama.cpp from a file made for the purpose and proved against PyTorch; whatever runs, its description says so.
 Limits: an endpoint's answers are kept by its address and model name, since nobody outside can hash its weights.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import threading
 import time
 from dataclasses import dataclass, field
@@ -19,9 +20,12 @@ from emergency_kit import artifacts
 from emergency_kit.config import Resolved
 from emergency_kit.errors import KitError, ModelError
 from emergency_kit.evaluation.answers import Answers, answer_key
+from emergency_kit.evaluation.division import bring_together, deal
 from emergency_kit.evaluation.purpose_file import make_file
 from emergency_kit.inference.engines import Generated, Messages
 from emergency_kit.model import backend
+from emergency_kit.training import ranks
+from emergency_kit.training.workers import cores
 
 # What decides an answer beside the files: raise it when the prompt's rendering or the engines' arithmetic change.
 ANSWERS_VERSION = 1
@@ -29,11 +33,12 @@ Report = Callable[[float, int], None]
 
 
 class Asker(Protocol):
-    """Runs prompts. `ask` calls `put(index, answer)` as answers end and `report(answers, tokens)` on the way."""
+    """Runs this rank's part of the prompts at the places `wanted`. `ask` calls `put(place, answer)` as answers end and `report(answers, tokens)` on
+    the way. A sampled answer's seed is `seed` and its place."""
 
     description: str
 
-    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+    def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,
             put: Callable[[int, Generated], None], report: Report) -> None: ...
 
     def close(self) -> None: ...
@@ -44,7 +49,8 @@ class Contestant:
     """One thing that answers. kind: base, adapter, merged, gguf or endpoint. sha256: hash of its files, None for an endpoint.
 
     is_base: whether it is the config's own base model.
-    seconds, tokens: spent and written by this process, answers from the disk not counted. kept: answers that came from the disk.
+    seconds, tokens: spent and written by this run, answers from the disk not counted; of several ranks the slowest's seconds and all tokens.
+    kept: answers that came from the disk.
     """
 
     name: str
@@ -60,30 +66,31 @@ class Contestant:
     _asker: Asker | None = field(default=None, repr=False)
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int, report: Report, temperature: float = 0.0, seed: int = 0) -> list[Generated]:
-        """Answers in the prompts' order; each is on the disk as soon as it has ended, so that an interrupted run goes on there."""
+        """Answers in the prompts' order, on every rank; each is on the disk as soon as it has ended, so that an interrupted run goes on there. Rank 0
+        says what is missing, and its own progress stands for all ranks'."""
         keys = [answer_key(messages, max_new_tokens, temperature, seed) for messages in prompts]
-        missing = [index for index, key in enumerate(keys) if self.answers.get(key) is None]
+        missing = ranks.shared([place for place, key in enumerate(keys) if self.answers.get(key) is None])
         done = len(prompts) - len(missing)
         self.kept += done
         if missing:
             asker = self.asker()
+            mine: dict[str, Generated] = {}
             lock = threading.Lock()
 
             def put(place: int, answer: Generated) -> None:
                 with lock:
-                    self.answers.put(keys[missing[place]], answer)
-                    self.tokens += answer.tokens
+                    self.answers.put(keys[place], answer)
+                    mine[keys[place]] = answer
 
             started = time.monotonic()
-            try:
-                asker.ask([prompts[index] for index in missing], max_new_tokens, temperature, seed, put,
-                          lambda more, tokens: report(done + more, tokens))
-            finally:
-                self.seconds += time.monotonic() - started
+            asker.ask(prompts, missing, max_new_tokens, temperature, seed, put,
+                      lambda more, tokens: report(min(len(prompts), done + more * ranks.world()), tokens * ranks.world()))
+            self.seconds += max(bring_together({ranks.rank(): time.monotonic() - started}).values())
+            found = bring_together(mine)
+            self.tokens += sum(answer.tokens for answer in found.values())
+            self.answers.take(found)
         report(len(prompts), self.tokens)
-        found = [self.answers.get(key) for key in keys]
-        assert all(answer is not None for answer in found)
-        return [answer for answer in found if answer is not None]
+        return ranks.shared([self.answers.known[key] for key in keys] if ranks.is_first() else [])
 
     def asker(self) -> Asker:
         """What runs the prompts, loaded when first needed."""
@@ -143,10 +150,14 @@ def _open_folder(resolved: Resolved, spec: str, path: Path, name: str, kept: Pat
     engine, file_type = _pick_engine(resolved)
     if engine == "llama.cpp":
         file = Path(resolved.config.training.output_dir) / "cache" / "evaluation" / f"{artifacts.hash_json(made)[:24]}-{file_type}.gguf"
-        return Contestant(name or path.name, kind, str(path), digest, lambda: LlamaAsker(make_file(resolved, path, file, file_type), resolved.config.evaluation.batch_size),
+        return Contestant(name or path.name, kind, str(path), digest, lambda: LlamaAsker(_make_once(resolved, path, file, file_type), resolved.config.evaluation.batch_size),
                           Answers(kept, artifacts.hash_json([*made, file_type])), is_base=spec == "base")
     return Contestant(name or path.name, kind, str(path), digest, lambda: TorchAsker(resolved, None if spec == "base" else path),
                       Answers(kept, artifacts.hash_json([*made, "torch", resolved.config.model.dtype])), is_base=spec == "base")
+
+
+def _make_once(resolved: Resolved, path: Path, file: Path, file_type: str) -> Path:
+    return ranks.first_then_others(lambda: make_file(resolved, path, file, file_type), "making the file that llama.cpp runs", resolved.config.training.rank_timeout_seconds)
 
 
 def _pick_engine(resolved: Resolved) -> tuple[str, str]:
@@ -170,29 +181,31 @@ def _pick_engine(resolved: Resolved) -> tuple[str, str]:
 
 
 class LlamaAsker:
-    """A GGUF file in llama.cpp, several answers at once."""
+    """A GGUF file in llama.cpp, several answers at once; ranks on one machine share its cores."""
 
     def __init__(self, path: Path, slots: int):
         from emergency_kit.inference.llama_engine import LlamaEngine
 
-        self.engine = LlamaEngine(path, slots)
+        self.engine = LlamaEngine(path, slots, threads=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
         self.description = self.engine.description
 
-    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+    def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,
             put: Callable[[int, Generated], None], report: Report) -> None:
         """Answers in any order; see `Asker`."""
-        written = [0] * len(prompts)
+        mine = wanted[ranks.rank()::ranks.world()]
+        written = [0] * len(mine)
         stopped = threading.Event()
 
-        def one(index: int) -> None:
-            stream = self.engine.stream(prompts[index], max_new_tokens, temperature, seed + index if temperature else None, stopped.is_set)
+        def one(number: int) -> None:
+            place = mine[number]
+            stream = self.engine.stream(prompts[place], max_new_tokens, temperature, seed + place if temperature else None, stopped.is_set)
             for _ in stream:
-                written[index] = stream.tokens
+                written[number] = stream.tokens
             if not stopped.is_set():
-                put(index, stream.result)
-                written[index] = stream.tokens
+                put(place, stream.result)
+                written[number] = stream.tokens
 
-        run_each(one, len(prompts), self.engine.slots, stopped, lambda done: report(done, sum(written)))
+        run_each(one, len(mine), self.engine.slots, stopped, lambda done: report(done, sum(written)))
 
     def close(self) -> None:
         """Stop llama.cpp."""
@@ -211,14 +224,11 @@ class TorchAsker:
         self.batch_size = resolved.config.evaluation.batch_size
         self.description = f"PyTorch, {self.batch_size} at once, {', '.join(loaded.notes)}"
 
-    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+    def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,
             put: Callable[[int, Generated], None], report: Report) -> None:
         """Batch after batch; each is kept when it has ended. See `Asker`."""
-        order = sorted(range(len(prompts)), key=lambda index: sum(len(part["content"]) for part in prompts[index]))
         done, tokens = 0, 0
-        size = 1 if temperature else self.batch_size
-        for start in range(0, len(order), size):
-            chosen = order[start:start + size]
+        for chosen in deal(prompts, wanted, 1 if temperature else self.batch_size):
             if temperature:
                 stream = self.engine.stream(prompts[chosen[0]], max_new_tokens, temperature, seed + chosen[0])
                 for _ in stream:
@@ -239,6 +249,8 @@ class TorchAsker:
 
 def run_each(one: Callable[[int], None], number: int, at_once: int, stopped: threading.Event, report: Callable[[float], None]) -> None:
     """Call `one` for 0 to number - 1 in threads; the first error, or Ctrl-C, stops the rest and is raised."""
+    if not number:
+        return
     with concurrent.futures.ThreadPoolExecutor(max_workers=min(at_once, number)) as pool:
         waiting = {pool.submit(one, index) for index in range(number)}
         try:

@@ -14,6 +14,7 @@ from emergency_kit.errors import ModelError
 from emergency_kit.evaluation.contestant import Report, run_each
 from emergency_kit.evaluation.wire import Client, WireError, read_key
 from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.training import ranks
 
 TIMEOUT_SECONDS = 300.0
 RETRIES = 4
@@ -29,21 +30,23 @@ class EndpointAsker:
         self.client = Client(TIMEOUT_SECONDS, RETRIES, {"Authorization": f"Bearer {key}"} if key else {})
         self.description = f"endpoint {self.url}, {at_once} at once"
 
-    def ask(self, prompts: Sequence[Messages], max_new_tokens: int, temperature: float, seed: int,
+    def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,
             put: Callable[[int, Generated], None], report: Report) -> None:
-        """See `contestant.Asker`; raises ModelError where the endpoint does not answer, or not in the format."""
+        """See `contestant.Asker`; of several ranks the first asks all, as many at once as with one. Raises ModelError where the endpoint does not
+        answer, or not in the format."""
         stopped = threading.Event()
         tokens = [0]
 
-        def one(index: int) -> None:
+        def one(number: int) -> None:
             if stopped.is_set():
                 return
-            body = {"model": self.model or "default", "messages": prompts[index], "max_tokens": max_new_tokens, "temperature": temperature}
-            answer = self._ask(body | ({"seed": seed + index} if temperature else {}))
+            place = wanted[number]
+            body = {"model": self.model or "default", "messages": prompts[place], "max_tokens": max_new_tokens, "temperature": temperature}
+            answer = self._ask(body | ({"seed": seed + place} if temperature else {}))
             tokens[0] += answer.tokens
-            put(index, answer)
+            put(place, answer)
 
-        run_each(one, len(prompts), self.at_once, stopped, lambda done: report(done, tokens[0]))
+        run_each(one, len(wanted) if ranks.is_first() else 0, self.at_once, stopped, lambda done: report(done, tokens[0]))
 
     def _ask(self, body: dict[str, object]) -> Generated:
         try:

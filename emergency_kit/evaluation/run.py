@@ -2,7 +2,8 @@
 
 In: a resolved config and what answers: by default the finished model and its base. Out: `evaluation_report.json` and
 `report.html` beside it, written whole or not at all; answers are kept under `<output_dir>/cache/answers` as they end, so that
-an interrupted run goes on where it was and a repeated one gives the same report.
+an interrupted run goes on where it was and a repeated one gives the same report. Under torchrun every rank answers its part; rank 0 alone reads the data,
+asks a judge, prints and writes, and what it writes is what one process would.
 Run: `emergency-kit evaluate`, with others: `emergency-kit evaluate --compare outputs/merged/final outputs/gguf/final-q8_0.gguf`.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Mapping, Sequence
@@ -18,7 +20,7 @@ from emergency_kit import artifacts, files
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.load import dataset_hash, load_split, open_split
-from emergency_kit.errors import DataError, Interrupted, UsageError
+from emergency_kit.errors import DataError, Interrupted, ModelError, UsageError
 from emergency_kit.evaluation import baselines
 from emergency_kit.evaluation.console import Progress, print_report
 from emergency_kit.evaluation.contestant import Contestant, open_contestant
@@ -28,7 +30,11 @@ from emergency_kit.evaluation.page import render_html
 from emergency_kit.evaluation.report import build_report
 from emergency_kit.inference.engines import Generated, Messages
 from emergency_kit.knowledge.cards import Card, load_cards
+from emergency_kit.model import backend
+from emergency_kit.training import ranks
 
+# How long other ranks stay while the first may ask a judge; a dead one is torchrun's to notice.
+REPORT_SECONDS = 86400.0
 
 def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path | None = None, compare: Sequence[str] = (),
              ai: bool = False, yes: bool = False) -> Path:
@@ -39,7 +45,7 @@ def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path
     `<output_dir>/evaluation_report.json`. Raises UsageError when the report cannot be written, ModelError or DataError before
     anything is generated, Interrupted on Ctrl-C, when the answers so far are kept.
     """
-    config = resolved.config
+    config, first = resolved.config, ranks.is_first()
     specs = [str(spec) for spec in ([checkpoint] if checkpoint else []) + list(compare)] or [str(finished_model(resolved))]
     out = Path(out or Path(config.training.output_dir) / "evaluation_report.json")
     _check_primary(config.evaluation.primary_endpoints)
@@ -47,29 +53,49 @@ def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path
         from emergency_kit.evaluation.judge import open_judge
 
         open_judge(resolved)  # a missing key is said before anything is generated
-    opened = [open_contestant(resolved, spec, name) for spec, name in zip(specs, _names(specs))]
-    if config.evaluation.compare_base and "base" not in specs:
-        opened.append(open_contestant(resolved, "base", "base"))
-    page = _check_output(out)
-    task = _load_task(resolved)
+    named = list(zip(specs, _names(specs))) + ([("base", "base")] if config.evaluation.compare_base and "base" not in specs else [])
+    ranks.join(backend.pick_device(config.model), config.training.rank_timeout_seconds)
+    opened = ranks.first_then_others(lambda: [open_contestant(resolved, spec, name) for spec, name in named], "opening the models", config.training.rank_timeout_seconds)
+    page = _check_output(out) if first else out
+    task = ranks.shared(_load_task(resolved) if first else None)
     last = _load_last(out)
     print(f"Answering {len(task.records)} of {task.available} test records with {', '.join(item.name for item in opened)}", flush=True)
     try:
         answered = [_answer(resolved, item, task, fewer=item.is_base and place > 0) for place, item in enumerate(opened)]
         beside = _baselines(resolved, opened, answered, task)
-        report = _build(resolved, opened, answered, beside, task)
-        _add_parts(resolved, report, opened, answered, ai, yes)
+        parts = _parts(resolved, opened)
+        if not first:
+            ranks.wait("the report", REPORT_SECONDS)
+            return out
+        report = _build(resolved, opened, answered, beside, task) | parts
+        if ai:
+            from emergency_kit.evaluation.judge import judge
+
+            report["ai_evaluation"] = judge(resolved, answered[0].scored, yes)
         report["last_run"] = last
         report["verdict"] = decide(resolved, report)
         artifacts.save_text(page, render_html(report))
         artifacts.save_json(out, report)
+        ranks.wait("the report", REPORT_SECONDS)
     except KeyboardInterrupt:
-        raise Interrupted(f"evaluation interrupted; {out} is as it was, and the answers so far are kept: the same command goes on there") from None
+        raise _interrupted(out) from None
+    except RuntimeError as error:
+        if gone := ranks.lost(error, f"{out} is as it was, and the answers so far are kept: the same command goes on there"):
+            raise ModelError(gone) from error
+        raise
     finally:
         for item in opened:
             item.close()
     print_report(report, out, page)
     return out
+
+
+def _interrupted(out: Path) -> Interrupted:
+    if ranks.world() > 1:  # torchrun passes on what the terminal has sent already, which must not cut short what is said
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+    why = "interrupted" if ranks.world() == 1 else "interrupted, by a signal or because another rank ended"
+    return Interrupted(f"evaluation {why}; {out} is as it was, and the answers so far are kept: the same command goes on there")
 
 
 @dataclass(frozen=True)
@@ -93,8 +119,12 @@ def finished_model(resolved: Resolved) -> Path:
 def _load_task(resolved: Resolved) -> Task:
     config = resolved.config
     test = load_split(resolved, "test")
-    train = open_split(resolved, "train")
-    trained = frozenset(hazard for record in (train if train.limit and not train.held_out else train.every()) for hazard in record.hazards)
+    if config.dataset.streaming:
+        print("Which hazards were trained is not known of a stream: all of the test records' count as trained", flush=True)
+        trained = frozenset(hazard for record in test for hazard in record.hazards)
+    else:
+        train = open_split(resolved, "train")
+        trained = frozenset(hazard for record in (train if train.limit and not train.held_out else train.every()) for hazard in record.hazards)
     records = select_records(test, config.evaluation.max_samples, config.training.seed, trained)
     cards = load_cards()
     _check_cards(records, cards, config.dataset.grounding)
@@ -223,22 +253,19 @@ def _build(resolved: Resolved, opened: Sequence[Contestant], answered: Sequence[
                         primary=resolved.config.evaluation.primary_endpoints, grounding=task.grounding)
 
 
-def _add_parts(resolved: Resolved, report: dict[str, Any], opened: Sequence[Contestant], answered: Sequence[Answered], ai: bool, yes: bool) -> None:
-    """The parts that are asked for by name: what tuning cost, the red team, the judge."""
+def _parts(resolved: Resolved, opened: Sequence[Contestant]) -> dict[str, Any]:
+    """The parts of the report that are asked for by name: what tuning cost, the red team."""
     settings = resolved.config.evaluation
-    report["tuning_cost"] = report["red_team"] = None
+    parts: dict[str, Any] = {"tuning_cost": None, "red_team": None}
     if settings.tuning_cost:
         from emergency_kit.evaluation.tuning_cost import measure_cost
 
-        report["tuning_cost"] = measure_cost(resolved, opened)
+        parts["tuning_cost"] = measure_cost(resolved, opened)
     if settings.red_team:
         from emergency_kit.evaluation.attack import attack
 
-        report["red_team"] = attack(resolved, opened[0])
-    if ai:
-        from emergency_kit.evaluation.judge import judge
-
-        report["ai_evaluation"] = judge(resolved, answered[0].scored, yes)
+        parts["red_team"] = attack(resolved, opened[0])
+    return parts
 
 
 def _load_last(out: Path) -> dict[str, Any] | None:

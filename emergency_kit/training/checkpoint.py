@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 from emergency_kit.artifacts import save_json, save_manifest, verify_folder
 from emergency_kit.config import Resolved
+from emergency_kit.data.stream import StreamRows
 from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError
 from emergency_kit.files import folder_bytes, free_bytes, staged_folder
 from emergency_kit.model.backend import base_name, save_trained
@@ -171,6 +172,7 @@ def training_state(trainer: "KitTrainer", summary: dict[str, Any] | None) -> dic
         "data_order": {"epoch": int(state.epoch or 0), "rows": facts.rows, "step_rows": facts.step_rows,
                        "rows_seen": state.global_step * facts.step_rows},
         **dataclasses.asdict(facts.counters), "compute_type": facts.compute_type, "pieces": facts.pieces, "pass_rows": facts.pass_rows, "wall_seconds": facts.wall_seconds,
+        "stream": trainer.train_dataset.state_at(state.global_step * facts.step_rows) if isinstance(trainer.train_dataset, StreamRows) else None,
         "run_id": facts.run_id, "identity": facts.identity, "processes": ranks.world(), "loss_carry": trainer.loss_carry(), "evaluation_due": trainer.evaluation_due,
         "best_metric": min((entry["loss"] for entry in validation), default=None),
         "loss_history": [{key: entry.get(key) for key in ("step", "loss", "learning_rate", "grad_norm")} for entry in losses],

@@ -96,6 +96,9 @@ class HealthCallback(TrainerCallback):
         """The rows of a step, with the beginning of their answers."""
         trainer = self.trainer
         assert trainer is not None
+        if trainer.facts.resolved.config.dataset.streaming:
+            size = trainer.facts.step_rows
+            return f"records {(step - 1) * size} to {step * size - 1} of the stream"
         size, rows = trainer.facts.step_rows, trainer.train_dataset.rows
         each = -(-len(rows) // size)
         sampler = type(trainer.sampler)(rows.lengths, size, trainer.args.seed)

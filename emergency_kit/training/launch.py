@@ -1,14 +1,15 @@
-"""`make train NPROC=N`: torchrun with N processes on this machine.
+"""`make train NPROC=N`, `make evaluate NPROC=N`: torchrun with N processes on this machine.
 
-In: N and the flags of `train`. Out: the run, and the exit code of the process that ended first where one failed; that process has said why, so that
+In: N, the verb (train where none is named) and its flags. Out: the run, and the exit code of the process that ended first where one failed; that process has said why, so that
 torchrun's own account of it is left out (EMERGENCY_KIT_DEBUG=1 shows it). The processes share the machine's cores. Several machines: torchrun or
-`accelerate launch` themselves (docs/Scaling.md). Run: python -m emergency_kit.training.launch N [flags of train].
+`accelerate launch` themselves (docs/Scaling.md). Run: python -m emergency_kit.training.launch N [train|evaluate] [its flags].
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 
 from emergency_kit.errors import Interrupted, UsageError
@@ -25,18 +26,21 @@ def main(arguments: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    verb, flags = (arguments[1], arguments[2:]) if arguments[1:2] and arguments[1] in ("train", "evaluate") else ("train", arguments[1:])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores() // number)))
     debug = os.environ.get("EMERGENCY_KIT_DEBUG") == "1"
     if not debug:
         logging.disable(logging.ERROR)
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
-        run.main(["--standalone", "--nproc-per-node", str(number), "scripts/train.py", *arguments[1:]])
+        run.main(["--standalone", "--nproc-per-node", str(number), f"scripts/{verb}.py", *flags])
     except ChildFailedError as error:
         if debug:
             raise
-        code = error.get_first_failure()[1].exitcode
-        return code if code > 0 else 128 - code
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # all others have said why
+            print(f"error: rank {rank} of {number} was ended by {signal.Signals(-failure.exitcode).name}", file=sys.stderr)
+        return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException:
         return Interrupted.exit_code
     return 0

@@ -87,8 +87,12 @@ def _read_rows(resolved: Resolved, hub_may_fail: bool) -> tuple[dict[str, Any], 
     """`(rows by split, why there are none)`."""
     from emergency_kit.data.cache import load_rows
     from emergency_kit.data.load import open_splits
+    from emergency_kit.data.stream import check_streaming
     from emergency_kit.model.backend import load_tokenizer
 
+    if resolved.config.dataset.streaming:
+        check_streaming(resolved)
+        return {}, "it is streamed"
     try:
         tokenizer = load_tokenizer(resolved.config.model)
         return {name: load_rows(split, tokenizer, resolved) for name, split in open_splits(resolved, "train", "validation").items()}, ""

@@ -133,9 +133,8 @@ def gathered(value: T) -> list[T]:
     return box or []
 
 
-def lost(error: BaseException) -> str | None:
-    """What to say of an error that means that another rank is gone; None for any other error, or alone."""
+def lost(error: BaseException, kept: str = "The checkpoints saved before are whole: the same command goes on from the last one") -> str | None:
+    """What to say of an error that means that another rank is gone, and what was kept; None for any other error, or alone."""
     if world() == 1 or not isinstance(error, RuntimeError) or not any(word in str(error).lower() for word in LOST):
         return None
-    return (f"the connection to the other ranks is lost ({str(error).strip().splitlines()[0][:200]}); the message of the rank that ended first says why. "
-            "The checkpoints saved before are whole: the same command goes on from the last one")
+    return (f"the connection to the other ranks is lost ({str(error).strip().splitlines()[0][:200]}); the message of the rank that ended first says why. {kept}")

@@ -11,17 +11,15 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable
+from typing import Any, Callable
 
 from emergency_kit.artifacts import hash_parent, hardware, load_manifest, package_versions, redact, verify_folder
 from emergency_kit.config import Config, Resolved, flatten
+from emergency_kit.data.tokenize import TokenRows
 from emergency_kit.errors import ModelError, UsageError
 from emergency_kit.model.backend import base_name, check_checkpoint
 from emergency_kit.training.checkpoint import NAME, find_newest, list_checkpoints, load_training_state
 from emergency_kit.training.schedule import learning_rate
-
-if TYPE_CHECKING:
-    from emergency_kit.data.tokenize import TokenRows
 
 LATEST = Path("latest")
 # Settings of `model`, `lora` and `training` that leave the mathematics alone: where things go, how often something is looked at.
@@ -124,7 +122,7 @@ def check_resumable(folder: Path, resolved: Resolved) -> dict[str, Any]:
 
 def build_identity(resolved: Resolved, rows: dict[str, TokenRows], tokenizer: Any, plan: dict[str, Any]) -> dict[str, Any]:
     """What a resumed run must share: hashes of tokens, template and base model, and the rows of a step."""
-    return {"training tokens": rows["train"].digest(), "training rows": len(rows["train"]), "validation tokens": rows["validation"].digest(),
+    return {"training tokens": rows["train"].digest(), "training rows": len(rows["train"]) if isinstance(rows["train"], TokenRows) else "streamed", "validation tokens": rows["validation"].digest(),
             "chat template": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest()[:16],
             "base model": hash_parent(Path(base_name(resolved.config.model))), "effective batch": plan["effective_batch"],
             **({"first adapter": hash_parent(Path(resolved.config.lora.adapter))} if resolved.config.lora.adapter else {})}

@@ -60,7 +60,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     if dry_run:
         run = _prepare(resolved, resume_from, overwrite, accept_changes, None, console)
         if resolved.config.training.method == "sft":
-            say_plan(resolved, rows=run.rows)
+            say_plan(resolved, rows=None if config.dataset.streaming else run.rows)
         console.print("Dry run: no model was loaded, and nothing written beyond the dataset and its tokens.")
         return output / "checkpoints" / resolved.config.training.model_name
     if ranks.is_first():
@@ -101,8 +101,12 @@ class _Run:
 def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, accept_changes: bool, record: lock.RunRecord | None, console: Console) -> _Run:
     from emergency_kit.data.cache import load_rows
     from emergency_kit.data.pairs import load_pairs
+    from emergency_kit.data.stream import StreamRows, check_streaming
     from emergency_kit.training.health import foresee
 
+    streaming = resolved.config.dataset.streaming
+    if streaming:
+        check_streaming(resolved)
     start = resume.choose(resolved, resume_from, overwrite, record.run_id if record else lock.known_run(resolved.config.training.output_dir), console.print)
     if record:
         # A save stands beside the one before it; a resumed run knows how large they are.
@@ -110,13 +114,15 @@ def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, acce
     splits = open_splits(resolved, "train", "validation")
     tokenizer = load_tokenizer(resolved.config.model)
     rows = {name: load_pairs(split, tokenizer, resolved, name) if resolved.config.training.method == "dpo" else load_rows(split, tokenizer, resolved)
-            for name, split in splits.items()}
+            for name, split in splits.items() if not streaming or name != "train"}
+    if streaming:
+        rows["train"] = StreamRows(splits["train"], tokenizer, resolved, resolved.config.training.max_steps * step_rows(resolved.config.training) * ranks.world(), start.state.get("stream"))
     plan = plan_steps(resolved, len(rows["train"]))
     check_schedule(resolved.config, plan["steps"])
     config, kind = resolved.config.training, "pairs" if resolved.config.training.method == "dpo" else "records"
-    console.print(f"Plan: {len(rows['train'])} training and {len(rows['validation'])} validation {kind}, "
+    console.print(f"Plan: {'a stream of' if streaming else len(rows['train'])} training and {len(rows['validation'])} validation {kind}, "
                   f"effective batch {plan['effective_batch']} ({pass_rows(config)} rows x {passes(config)} passes x {ranks.world()} {'process' if ranks.world() == 1 else 'processes'}), "
-                  f"{plan['steps']} steps over {plan['epochs']:g} epochs")
+                  f"{plan['steps']} steps" + ("" if streaming else f" over {plan['epochs']:g} epochs"))
     for warning in foresee(resolved.config.training, plan["steps"]) if record else ():  # a dry run's plan says them, too
         console.print(f"Warning: {warning}")
     identity = resume.build_identity(resolved, rows, tokenizer, plan)
@@ -217,21 +223,23 @@ def _train(run: _Run, stop: Stop) -> Path:
         facts.earlier_seconds, facts.checkpoint_bytes = state["wall_seconds"], folder_bytes(run.start.checkpoint)
     for note in loaded.notes:
         callbacks.LOG.info("Model: %s", note)
-    callbacks.LOG.info("Training %s tokens an epoch, %s of them supervised", f"{len(rows['train'].ids):,}", f"{rows['train'].supervised:,}")
+    if not config.dataset.streaming:
+        callbacks.LOG.info("Training %s tokens an epoch, %s of them supervised", f"{len(rows['train'].ids):,}", f"{rows['train'].supervised:,}")
     score = None
     if training.metric_for_best_model != "loss":
         if run.scorer is None:
             raise TrainingError(f"training.metric_for_best_model {training.metric_for_best_model}: train() was given no scorer; use emergency-kit train, or loss")
         score = run.scorer(run.resolved, loaded.tokenizer)
-    load = None if training.method == "dpo" else workload.measure(rows, run.resolved, fused is not None, pick_device(model) == "cuda", run.plan["steps"], pass_rows)
+    load = None if training.method == "dpo" or config.dataset.streaming else workload.measure(rows, run.resolved, fused is not None, pick_device(model) == "cuda", run.plan["steps"], pass_rows)
     curves = CurvesCallback(run.final.parent.parent / "logs", run.final.name)
     screen, health = callbacks.ConsoleCallback(run.console), HealthCallback(causal_lm_of(loaded.model).config.vocab_size)
     dataset = PairDataset if training.method == "dpo" else RowDataset
+    train_dataset = rows["train"] if config.dataset.streaming else dataset(rows["train"])
     try:
         trainer = KitTrainer(
             model=loaded.model, args=engine.training_arguments(run.resolved, run.final.parent, model, fused is not None, run.plan["steps"], pass_rows,
                                                                          loaded.owns_loss),
-            train_dataset=dataset(rows["train"]), eval_dataset=dataset(rows["validation"]), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused,
+            train_dataset=train_dataset, eval_dataset=dataset(rows["validation"]), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused,
             stop=stop, resumed=state, score=score, rising_from=run.rising_from, before_training=lambda trainer: load and try_longest(trainer, load),
             callbacks=[screen, health, curves])
         screen.trainer = health.trainer = trainer

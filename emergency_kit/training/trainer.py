@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import random
 import tempfile
 import time
@@ -23,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 from transformers import Trainer, TrainerCallback
 
 from emergency_kit.artifacts import verify_folder
+from emergency_kit.data.stream import StreamRows
 from emergency_kit.data.tokenize import IGNORE, TokenRows
 from emergency_kit.errors import TrainingError
 from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule
@@ -67,9 +69,28 @@ class StepSampler(Sampler[int]):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)).tolist()
+        # A tensor: a list of Python's numbers would take 40 bytes a row on every rank.
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
         for start in range(0, len(order), self.step_rows):
-            yield from sorted(order[start:start + self.step_rows], key=lambda row: (-int(self.lengths[row]), row))
+            yield from sorted(order[start:start + self.step_rows].tolist(), key=lambda row: (-int(self.lengths[row]), row))
+
+
+class StreamBatches:
+    """RankBatches of a stream: places in its order as it is, `steps` steps long, none held."""
+
+    def __init__(self, steps: int, step_rows: int, rows: int, rank: int, world: int):
+        self.steps, self.step_rows, self.rows, self.rank, self.world = steps, step_rows, rows, rank, world
+
+    def set_epoch(self, epoch: int) -> None:
+        """A stream's epochs are its own."""
+
+    def __len__(self) -> int:
+        return self.steps * (self.step_rows // (self.rows * self.world))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        together = self.rows * self.world
+        for first in range(0, self.steps * self.step_rows, together):
+            yield list(range(first + self.rank, first + together, self.world))
 
 
 class RankBatches:
@@ -92,9 +113,8 @@ class RankBatches:
         return whole * (self.sampler.step_rows // together) + -(-rest // together)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, together = list(self.sampler), self.rows * self.world
-        for start in range(0, len(order), self.sampler.step_rows):
-            step = order[start:start + self.sampler.step_rows]
+        order, together = iter(self.sampler), self.rows * self.world
+        while step := list(itertools.islice(order, self.sampler.step_rows)):
             for first in range(0, len(step), together):
                 yield step[first:first + together][self.rank::self.world]
 
@@ -183,7 +203,11 @@ class KitTrainer(Trainer):
         return self.sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """The Trainer's own; of several ranks, this one's share of every step, which accelerate would fill up with rows taken twice."""
+        """The Trainer's own; of several ranks, this one's share of every step, which accelerate would fill up with rows taken twice; of a stream likewise."""
+        if isinstance(self.train_dataset, StreamRows):
+            world, rows = self.args.world_size, self.args.train_batch_size
+            self.sampler = StreamBatches(self.args.max_steps, rows * self.args.gradient_accumulation_steps * world, rows, self.args.process_index, world)
+            return DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
         if self.args.world_size == 1:
             return super().get_train_dataloader()
         batches = RankBatches(self._get_train_sampler(), self.args.train_batch_size, self.args.process_index, self.args.world_size)
@@ -220,9 +244,9 @@ class KitTrainer(Trainer):
             checkpoint.load_weights(self.model, Path(resume_from_checkpoint), self.facts.first)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Supervised tokens of a step over its passes and ranks; under DPO, pairs."""
+        """Supervised tokens of a step over its passes and ranks; under DPO, pairs. One where a stream's rows were all dropped, for nothing to be divided by."""
         if self.unit == 1:
-            return super()._get_num_items_in_batch(batch_samples, device)
+            return super()._get_num_items_in_batch(batch_samples, device).clamp(min=1)
         pairs = torch.tensor(sum(len(batch["input_ids"]) // 2 for batch in batch_samples), device=device)
         return self.accelerator.gather(pairs).sum()
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import hashlib
 import http.server
+import importlib.util
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import urllib.parse
 from pathlib import Path
 from typing import Any, Iterator
 
+import fsspec
 import pyarrow as pa
 import pytest
 from hypothesis import given, settings
@@ -253,3 +256,56 @@ def test_hub_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_revisions(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="dataset.revision is 'v1'; name one revision"):
         open_source(resolve("me/pans:v2", "dataset.revision=v1").config.dataset)
+
+
+def test_a_private_hub_dataset_is_streamed(tmp_path: Path, hub: Any) -> None:
+    done = ask_hub(tmp_path, hub, "me/pans:v2", "dataset.streaming=true")
+    assert f"answers {['b' * 40] * 3} ['small']" in done.stdout, done.stdout + done.stderr[-2000:]
+    assert not list(tmp_path.rglob("*.arrow")), "nothing is prepared"
+
+
+# --- addresses -----------------------------------------------------------------------------------
+
+
+def test_addresses_are_read_like_files(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for kind, packing in (("jsonl", ".gz"), ("csv", ".zst"), ("parquet", ""), ("arrow", ".gz"), ("json", "")):
+        memory.pipe(f"/bucket/{kind}/train-0.{kind}{packing}", PACKINGS[packing](FORMATS[kind](ROWS)))
+        memory.pipe(f"/bucket/{kind}/dev.jsonl", FORMATS["jsonl"](ROWS[:2]))
+        for name in (f"memory://bucket/{kind}", f"memory://bucket/{kind}/*.*"):
+            resolved = resolve(name, f"training.output_dir={tmp_path}")
+            assert [record.input for record in load_split(resolved, "train")] == [row["input"] for row in ROWS], name
+            assert len(load_split(resolved, "validation")) == 2
+    files = open_files("memory://bucket/jsonl")
+    before = files.digest("train")
+    assert before == files.digest("train")
+    memory.pipe("/bucket/jsonl/train-0.jsonl.gz", PACKINGS[".gz"](FORMATS["jsonl"](ROWS[:5])))
+    assert files.digest("train") != before
+
+
+@pytest.mark.parametrize("name, message", [
+    ("s3://bucket/*.jsonl.gz", r"s3:// needs a package that is not installed; next: pip install s3fs$"), ("memory://nowhere/*.csv", "no file matches; check dataset.name$"),
+    ("memory://nowhere", "no such file or folder; check dataset.name$"), ("s4://bucket", "Protocol not known: s4; expected one of s3, gs, "),
+    ("http://127.0.0.1:9/train.jsonl", "no such file, or its server cannot be reached; check dataset.name$")])
+def test_addresses_where_nothing_is(name: str, message: str) -> None:
+    if name.startswith("s3") and importlib.util.find_spec("s3fs"):
+        pytest.skip("s3fs is installed")
+    with pytest.raises(DataError, match=rf"^dataset {re.escape(name)}: {message}"):
+        open_source(resolve(name).config.dataset)
+
+
+def test_a_file_behind_http_and_one_that_breaks_off(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(FORMATS["jsonl"](ROWS))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(FORMATS["jsonl"](ROWS))[:-20])
+    quiet = type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda self, *_: None})
+    handler = functools.partial(quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        records = load_split(resolve(f"{address}/rows.jsonl?key=1", "dataset.validation_split=train", f"training.output_dir={tmp_path}"), "train")
+        assert [record.input for record in records] == [row["input"] for row in ROWS]
+        with pytest.raises(DataError, match=f"{address}/cut.jsonl.gz: damaged or cut short"):
+            load_split(resolve(f"{address}/cut.jsonl.gz", "dataset.validation_split=train", f"training.output_dir={tmp_path}"), "train")
+        with pytest.raises(DataError, match="no such file, or its server"):
+            open_source(resolve(f"{address}/none.jsonl").config.dataset)
+        server.shutdown()
