@@ -179,9 +179,11 @@ def beyond_unsloth(model: ModelSection, lora: LoraSection, full: bool) -> str:
     return next((name for name, there in wanted.items() if there), "")
 
 
-def save_trained(loaded_model: Any, tokenizer: Any, folder: Path, first: "dict[str, torch.Tensor] | None" = None) -> None:
-    """Save adapters, or all weights where all are trained, with the base model's config and the tokenizer. first: as `Loaded.first`."""
-    loaded_model.save_pretrained(folder)
+def save_trained(loaded_model: Any, tokenizer: Any, folder: Path, first: "dict[str, torch.Tensor] | None" = None,
+                 gathered: "dict[str, torch.Tensor] | None" = None) -> None:
+    """Save adapters, or all weights where all are trained, with the base model's config and the tokenizer. first: as `Loaded.first`; gathered: the
+    adapters by their names in the model, where it holds only a part of each itself."""
+    loaded_model.save_pretrained(folder, state_dict=gathered)
     if first is not None:
         from emergency_kit.model import adapters
 

@@ -25,7 +25,7 @@ from emergency_kit.config import Resolved
 from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError
 from emergency_kit.files import folder_bytes, free_bytes, staged_folder
 from emergency_kit.model.backend import base_name, save_trained
-from emergency_kit.training import ranks
+from emergency_kit.training import ranks, sharding
 from emergency_kit.training.best import best_evaluation, validation_history
 
 if TYPE_CHECKING:
@@ -87,9 +87,10 @@ def save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None] = lam
     Raises TrainingError, or Interrupted where a stop was asked for meanwhile; the checkpoints of before are as they were.
     """
     failure: KitError | None = None
+    gathered = sharding.adapters(trainer.model) if ranks.is_sharded() else None
     if ranks.is_first():
         try:
-            _save(trainer, folder, fill, summary)
+            _save(trainer, folder, fill, summary, gathered)
         except (TrainingError, Interrupted) as error:
             failure = error
     failure = ranks.shared(failure)
@@ -97,7 +98,7 @@ def save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None] = lam
         raise failure
 
 
-def _save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None], summary: dict[str, Any] | None) -> None:
+def _save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None], summary: dict[str, Any] | None, gathered: dict[str, Any] | None) -> None:
     from emergency_kit.training.callbacks import LOG
 
     facts, training = trainer.facts, trainer.facts.resolved.config.training
@@ -105,7 +106,7 @@ def _save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None], sum
         try:
             _check_place(facts, folder.parent)
             _check_space(facts, folder.parent)
-            with writing(trainer, folder, summary) as temporary:
+            with writing(trainer, folder, summary, gathered) as temporary:
                 fill(temporary)
             facts.checkpoint_bytes = max(facts.checkpoint_bytes, folder_bytes(folder))
             return
@@ -147,12 +148,12 @@ def _free(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def writing(trainer: "KitTrainer", folder: Path, summary: dict[str, Any] | None = None) -> Iterator[Path]:
-    """Fill a temporary folder with the guide's files; the caller may add more; the manifest closes it."""
+def writing(trainer: "KitTrainer", folder: Path, summary: dict[str, Any] | None = None, gathered: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Fill a temporary folder with the guide's files; the caller may add more; the manifest closes it. gathered: the adapters of a divided model."""
     facts = trainer.facts
     with staged_folder(folder) as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_trained(model, facts.tokenizer, temporary, facts.first)
+        save_trained(model, facts.tokenizer, temporary, facts.first, gathered)
         save_json(temporary / "training_state.json", training_state(trainer, summary))
         yield temporary
         save_manifest(temporary, "train", facts.resolved, dataset_hash=facts.dataset_hash,
@@ -236,6 +237,8 @@ def load_weights(model: Any, folder: Path, first: dict[str, Any] | None) -> None
 
     if first is not None:
         set_peft_model_state_dict(model, adapters.load_difference(folder)[0])
+    elif ranks.is_sharded():
+        sharding.load_adapters(model, load_file(folder / "adapter_model.safetensors"))
     elif (folder / "adapter_model.safetensors").is_file():
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     else:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from emergency_kit.config import ModelSection, Resolved, TrainingConfig
 from emergency_kit.errors import TrainingError
 from emergency_kit.model.backend import pick_device
-from emergency_kit.training.ranks import world
+from emergency_kit.training.ranks import is_sharded, world
 from emergency_kit.training.schedule import step_rows, warmup_steps
 
 # Under which trackers file the runs.
@@ -62,7 +62,8 @@ def beyond_plain_loss(training: TrainingConfig) -> str:
     """What a run asks of the model's forward pass beyond its loss, in words: a backend that owns its loss is not used for these. Empty where nothing is."""
     wanted = {"training.method dpo": training.method == "dpo", "training.neftune_noise_alpha": training.neftune_noise_alpha,
               "training.label_smoothing_factor": training.label_smoothing_factor, "training.engine fused": training.engine == "fused",
-              f"training.metric_for_best_model {training.metric_for_best_model}, whose answers are generated in training": training.metric_for_best_model != "loss"}
+              f"training.metric_for_best_model {training.metric_for_best_model}, whose answers are generated in training": training.metric_for_best_model != "loss",
+              "FSDP": is_sharded()}
     return next((name for name, there in wanted.items() if there), "")
 
 
@@ -77,6 +78,8 @@ def _not_fused(model: Any, training: TrainingConfig) -> str | None:
 
     from emergency_kit.training.fused.step import unsupported
 
+    if is_sharded():
+        return "FSDP, which gathers a layer's weights around transformers' modules"
     if training.method == "dpo":
         return "training.method dpo"
     if training.finetuning_type == "full":
