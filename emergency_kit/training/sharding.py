@@ -14,6 +14,7 @@ from typing import Any
 
 from emergency_kit.config import Config
 from emergency_kit.errors import TrainingError
+from emergency_kit.files import as_os_error
 from emergency_kit.training.ranks import is_sharded
 
 OPTIMIZER, SHARDED_OPTIMIZER = "optimizer.pt", "optimizer"
@@ -72,12 +73,16 @@ def load_adapters(model: Any, saved: dict[str, Any]) -> None:
         tensor.copy_(_divided(saved[name], tensor))
 
 
-def save_shards(optimizer: Any, folder: Path) -> None:
-    """Every rank's part of the optimizer's state, by torch.distributed.checkpoint. All ranks call it together; what fails on one is raised on all,
-    as CheckpointException."""
+def save_parts(optimizer: Any, folder: Path) -> None:
+    """Every rank's part of the optimizer's state, by torch.distributed.checkpoint. All ranks call it together; what one rank's disk refuses is raised
+    on all, as OSError."""
     import torch.distributed.checkpoint as dcp
 
-    dcp.save(optimizer.state_dict(), checkpoint_id=folder)
+    try:
+        dcp.save(optimizer.state_dict(), checkpoint_id=folder)
+    except dcp.CheckpointException as error:
+        number, (reason, _) = next(iter(error.failures.items()))
+        raise as_os_error(reason, folder.parent) or RuntimeError(f"rank {number}: {reason}") from None
 
 
 def load_optimizer(optimizer: Any, folder: Path) -> None:

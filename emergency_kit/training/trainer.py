@@ -419,7 +419,8 @@ class KitTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         states = ranks.gathered(self._random_file()) if self.args.world_size > 1 else []
         self.carried = ranks.total(float(self._tr_loss))[0] / ranks.world()
-        gathered = sharding.whole(self.optimizer.state_dict()) if self.is_fsdp_enabled and not sharding.writes_shards() else None
+        in_parts = sharding.writes_shards()
+        gathered = sharding.whole(self.optimizer.state_dict()) if self.is_fsdp_enabled and not in_parts else None
 
         def fill(temporary: Path) -> None:
             if not self.is_fsdp_enabled:
@@ -435,7 +436,7 @@ class KitTrainer(Trainer):
                 (temporary / name).write_bytes(content)
             self.state.save_to_json(str(temporary / "trainer_state.json"))
 
-        checkpoint.save(self, folder, fill)
+        checkpoint.save(self, folder, fill, write_parts=(lambda parts: sharding.save_parts(self.optimizer, parts)) if in_parts else None)
         if ranks.is_first():
             checkpoint.prune(Path(self.args.output_dir), self.facts, folder, best.validation_history(self.state))
 
