@@ -73,13 +73,14 @@ def load_adapters(model: Any, saved: dict[str, Any]) -> None:
         tensor.copy_(_divided(saved[name], tensor))
 
 
-def save_parts(optimizer: Any, folder: Path) -> None:
-    """Every rank's part of the optimizer's state, by torch.distributed.checkpoint. All ranks call it together; what one rank's disk refuses is raised
-    on all, as OSError."""
+def save_parts(model: Any, optimizer: Any, folder: Path) -> None:
+    """Every rank's part of the optimizer's state, by torch.distributed.checkpoint, with parameters by name. All ranks call it together; what one rank's
+    disk refuses is raised on all, as OSError."""
     import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     try:
-        dcp.save(optimizer.state_dict(), checkpoint_id=folder)
+        dcp.save(get_optimizer_state_dict(model, optimizer), checkpoint_id=folder)
     except dcp.CheckpointException as error:
         number, (reason, _) = next(iter(error.failures.items()))
         raise as_os_error(reason, folder.parent) or RuntimeError(f"rank {number}: {reason}") from None
@@ -95,13 +96,20 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
         if not file.is_file():
             file = Path(scratch, OPTIMIZER)
             dcp_to_torch_save(folder / SHARDED_OPTIMIZER, file)
-        saved = torch.load(file, map_location="cpu", weights_only=True)
+        saved = numbered(torch.load(file, map_location="cpu", weights_only=True))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, state in saved["state"].items():
         for name, value in state.items():
             if value.shape == parameters[number].shape:  # moments, not the counted steps
                 state[name] = _divided(value, parameters[number])
     optimizer.load_state_dict(saved)
+
+
+def numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state with its parameters by number, as torch's own `state_dict` has them, where they are by name."""
+    order = {name: number for number, name in enumerate(name for group in state["param_groups"] for name in group["params"])}
+    return {"state": {order[name]: values for name, values in state["state"].items()},
+            "param_groups": [{**group, "params": [order[name] for name in group["params"]]} for group in state["param_groups"]]}
 
 
 def local(tensor: Any) -> Any:

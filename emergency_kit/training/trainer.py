@@ -436,7 +436,7 @@ class KitTrainer(Trainer):
                 (temporary / name).write_bytes(content)
             self.state.save_to_json(str(temporary / "trainer_state.json"))
 
-        checkpoint.save(self, folder, fill, write_parts=(lambda parts: sharding.save_parts(self.optimizer, parts)) if in_parts else None)
+        checkpoint.save(self, folder, fill, write_parts=(lambda parts: sharding.save_parts(self.model, self.optimizer, parts)) if in_parts else None)
         if ranks.is_first():
             checkpoint.prune(Path(self.args.output_dir), self.facts, folder, best.validation_history(self.state))
 
