@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, row_tokens: int) -> "FusedStep | None":
     """Give the model its loss, and the engine of its step; what was chosen, and why, goes into `loaded.notes`. pass_rows: rows of a pass;
     row_tokens: of the longest row that may come."""
+    import torch
+
     from emergency_kit.training import end_to_end, loss, preference
     from emergency_kit.training.fused.step import FusedStep
 
@@ -45,7 +47,8 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
         loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}")
     if loaded.owns_loss:
         return None
-    modules_on_gpu = fused is None and causal_lm.device.type == "cuda"
+    # Weights that FSDP divides are on the CPU until then.
+    modules_on_gpu = fused is None and (causal_lm.device.type == "cuda" or is_sharded() and torch.cuda.is_available())
     if modules_on_gpu and has_liger():
         loaded.notes.append("Liger kernels")
     if training.method == "dpo":

@@ -201,7 +201,7 @@ def _train(run: _Run, stop: Stop) -> Path:
         model = model.model_copy(update={"dtype": state["compute_type"]})
     resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
     loaded = load_for_training(model, config.lora, bool(training.gradient_checkpointing), training.seed, training.finetuning_type == "full",
-                               needs=engine.beyond_plain_loss(training), first=resumed_first)
+                               needs=engine.beyond_plain_loss(training), first=resumed_first, sharded=ranks.is_sharded())
     pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
     # `auto` tries the longest rows there are, so that these are what a pass is measured in.
     row_tokens = int(rows["train"].lengths.max()) if training.per_device_train_batch_size == "auto" and training.method == "sft" else model.max_seq_length
