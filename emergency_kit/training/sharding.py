@@ -34,6 +34,7 @@ def check(config: Config) -> None:
         "fsdp_activation_checkpointing: true; training.gradient_checkpointing does it": environment["ACTIVATION_CHECKPOINTING"].lower() == "true",
         "training.engine fused, which reads a layer's weights past the modules that gather them; --set training.engine=auto": training.engine == "fused",
         "model.backend unsloth; --set model.backend=hf": model.backend == "unsloth",
+        f"training.optim {training.optim}; --set training.optim=adamw_torch": training.optim != "adamw_torch",
         "training.method dpo; configs/accelerate/ddp.yaml": training.method == "dpo",
         "training.finetuning_type full; configs/accelerate/ddp.yaml": training.finetuning_type == "full",
         f"lora.init {config.lora.init}; --set lora.init=default": config.lora.init != "default",
