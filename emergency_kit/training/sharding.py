@@ -28,22 +28,22 @@ def check(config: Config) -> None:
     if not is_sharded():
         return
     training, model = config.training, config.model
-    environment = {name: os.environ.get(f"FSDP_{name}", default) for name, default in (("VERSION", "1"), ("ACTIVATION_CHECKPOINTING", "false"))}
-    problems = {
-        f"fsdp_version {environment['VERSION']}, which flattens frozen and trained weights into one; fsdp_version: 2 in accelerate's file": environment["VERSION"] != "2",
-        "fsdp_activation_checkpointing: true; training.gradient_checkpointing does it": environment["ACTIVATION_CHECKPOINTING"].lower() == "true",
-        "training.engine fused, which reads a layer's weights past the modules that gather them; --set training.engine=auto": training.engine == "fused",
-        "model.backend unsloth; --set model.backend=hf": model.backend == "unsloth",
-        f"training.optim {training.optim}; --set training.optim=adamw_torch": training.optim != "adamw_torch",
-        "training.method dpo; configs/accelerate/ddp.yaml": training.method == "dpo",
-        "training.finetuning_type full; configs/accelerate/ddp.yaml": training.finetuning_type == "full",
-        f"lora.init {config.lora.init}; --set lora.init=default": config.lora.init != "default",
-        "training.per_device_train_batch_size auto; a number": training.per_device_train_batch_size == "auto",
-        f"training.metric_for_best_model {training.metric_for_best_model}, whose answers each rank generates; --set training.metric_for_best_model=loss":
-            training.metric_for_best_model != "loss"}
-    found = [problem for problem, there in problems.items() if there]
-    if found:
-        raise TrainingError("ranks: FSDP does not take " + ". Nor ".join(f"{problem.split('; ')[0]}; next: {problem.split('; ')[1]}" for problem in found))
+    version, checkpointing = os.environ.get("FSDP_VERSION", "1"), os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower()
+    ddp = "accelerate launch --config_file configs/accelerate/ddp.yaml"
+    for name, instead, there in (
+            (f"fsdp_version {version}, which flattens frozen and trained weights into one", "fsdp_version: 2 in accelerate's file", version != "2"),
+            ("fsdp_activation_checkpointing", "--set training.gradient_checkpointing=true", checkpointing == "true"),
+            ("training.engine fused, which reads a layer's weights past the modules that gather them", "--set training.engine=auto", training.engine == "fused"),
+            ("model.backend unsloth", "--set model.backend=hf", model.backend == "unsloth"),
+            ("training.method dpo", ddp, training.method == "dpo"),
+            ("training.finetuning_type full", ddp, training.finetuning_type == "full"),
+            (f"training.optim {training.optim}", "--set training.optim=adamw_torch", training.optim != "adamw_torch"),
+            (f"lora.init {config.lora.init}", "--set lora.init=default", config.lora.init != "default"),
+            ("training.per_device_train_batch_size auto", "--set training.per_device_train_batch_size=1", training.per_device_train_batch_size == "auto"),
+            (f"training.metric_for_best_model {training.metric_for_best_model}, for which answers are generated", "--set training.metric_for_best_model=loss",
+             training.metric_for_best_model != "loss")):
+        if there:
+            raise TrainingError(f"ranks: FSDP does not take {name}; next: {instead}")
 
 
 def writes_shards() -> bool:
