@@ -464,6 +464,8 @@ class _RunCallback(TrainerCallback):
         if trainer.resumed:
             schedule.follow_config(trainer.optimizer, trainer.lr_scheduler, trainer.config, trainer.facts.resolved.config.lora.loraplus_lr_ratio)
         trainer.mark()
+        if trainer.is_fsdp_enabled and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the whole weights that were divided
         trainer.before_training(trainer)
         if trainer.resumed.get("evaluation_due"):
             trainer._evaluate(None, None)
