@@ -61,7 +61,7 @@ def staged_file(path: Path) -> Iterator[Path]:
     """A temporary sibling to write to; on success it is flushed and takes the place of `path`."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _temporary(path.parent)
+    temporary = temporary_sibling(path.parent)
     try:
         with _OsErrors(path.parent):
             yield temporary
@@ -79,7 +79,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     restore(path)
-    temporary = _temporary(path.parent)
+    temporary = temporary_sibling(path.parent)
     temporary.mkdir()
     try:
         mode = temporary.stat().st_mode & 0o666  # what the umask leaves of a file's permissions
@@ -102,7 +102,7 @@ def staged_folder(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def scratch_folder(parent: Path) -> Iterator[Path]:
     """A folder for what is needed meanwhile, beside what it is for; it goes at the end, or where a process was killed with the next write here."""
-    scratch = _temporary(parent)
+    scratch = temporary_sibling(parent)
     scratch.mkdir()
     try:
         yield scratch
@@ -154,7 +154,7 @@ def _retired(path: Path) -> Path:
     return path.parent / f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{RETIRED}"
 
 
-def _temporary(folder: Path) -> Path:
+def temporary_sibling(folder: Path) -> Path:
     """A name for a temporary sibling that tells whose it is; leftovers of ended processes go first."""
     remove_leftovers(folder)
     return folder / f".{_host()}-{os.getpid()}-{uuid.uuid4().hex[:8]}{PARTIAL}"
@@ -258,7 +258,7 @@ def check_writable(folder: Path, needed_bytes: int = 0, remedy: str = "choose an
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = _temporary(folder)
+        probe = temporary_sibling(folder)
         try:
             probe.write_bytes(b"\0" * 4096)
         finally:

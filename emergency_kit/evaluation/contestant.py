@@ -228,15 +228,9 @@ class TorchAsker:
             put: Callable[[int, Generated], None], report: Report) -> None:
         """Batch after batch; each is kept when it has ended. See `Asker`."""
         done, tokens = 0, 0
-        for chosen in deal(prompts, wanted, 1 if temperature else self.batch_size):
-            if temperature:
-                stream = self.engine.stream(prompts[chosen[0]], max_new_tokens, temperature, seed + chosen[0])
-                for _ in stream:
-                    pass
-                answers = [stream.result]
-            else:
-                answers = self.engine.generate([prompts[index] for index in chosen], max_new_tokens, len(chosen),
-                                               progress=lambda more, new: report(done + more, tokens + new))
+        for chosen in deal(prompts, wanted, self.batch_size):
+            answers = self.engine.generate([prompts[index] for index in chosen], max_new_tokens, len(chosen), progress=lambda more, new: report(done + more, tokens + new),
+                                           temperature=temperature, seeds=[seed + index for index in chosen])
             for index, answer in zip(chosen, answers):
                 put(index, answer)
             done, tokens = done + len(chosen), tokens + sum(answer.tokens for answer in answers)

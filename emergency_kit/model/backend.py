@@ -50,8 +50,9 @@ class Backend(Protocol):
 
     owns_loss: bool
 
-    def load(self, model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False) -> Loaded:
-        """The frozen base model, quantised where the config says so, in training mode; `full`: float32, every weight trained."""
+    def load(self, model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False) -> Loaded:
+        """The frozen base model, quantised where the config says so, in training mode; `full`: float32, every weight trained; `sharded`: about to be
+        divided by FSDP, on the CPU but in 4-bit."""
 
     def attach(self, loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int,
                first: "dict[str, torch.Tensor] | None" = None) -> None:
@@ -150,17 +151,17 @@ def _import_backend(name: str) -> Backend:
 
 
 def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, full: bool = False, needs: str = "",
-                      first: "dict[str, torch.Tensor] | None" = None) -> Loaded:
+                      first: "dict[str, torch.Tensor] | None" = None, sharded: bool = False) -> Loaded:
     """The base model with float32 adapters on it, fresh or `lora.adapter`'s, in training mode; `full`: all its weights trained instead.
 
-    needs: a reason to pass Unsloth by. first: the adapters' first values where a run with `lora.init` is gone on with.
+    needs: a reason to pass Unsloth by. sharded: as `Backend.load`. first: the adapters' first values where a run with `lora.init` is gone on with.
     """
     choice = choose(model, needs or beyond_unsloth(model, lora, full))
     require_base(model)
     if lora.adapter and check_checkpoint(Path(lora.adapter), model) != "adapter":
         raise ModelError(f"lora.adapter {lora.adapter}: a full model, not an adapter; name it as model.name instead")
     backend = _import_backend(choice.name)
-    loaded = backend.load(model, choice.device, gradient_checkpointing, full)
+    loaded = backend.load(model, choice.device, gradient_checkpointing, full, sharded)
     if not full:
         backend.attach(loaded, model, lora, gradient_checkpointing, seed, first)
     loaded.owns_loss = backend.owns_loss
@@ -179,9 +180,11 @@ def beyond_unsloth(model: ModelSection, lora: LoraSection, full: bool) -> str:
     return next((name for name, there in wanted.items() if there), "")
 
 
-def save_trained(loaded_model: Any, tokenizer: Any, folder: Path, first: "dict[str, torch.Tensor] | None" = None) -> None:
-    """Save adapters, or all weights where all are trained, with the base model's config and the tokenizer. first: as `Loaded.first`."""
-    loaded_model.save_pretrained(folder)
+def save_trained(loaded_model: Any, tokenizer: Any, folder: Path, first: "dict[str, torch.Tensor] | None" = None,
+                 gathered: "dict[str, torch.Tensor] | None" = None) -> None:
+    """Save adapters, or all weights where all are trained, with the base model's config and the tokenizer. first: as `Loaded.first`; gathered: the
+    adapters by their names in the model, where it holds only a part of each itself."""
+    loaded_model.save_pretrained(folder, state_dict=gathered)
     if first is not None:
         from emergency_kit.model import adapters
 

@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 owns_loss = False
 
 
-def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False) -> Loaded:
+def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False) -> Loaded:
     """See `Backend.load`. In 4-bit: NF4 with double quantisation; embedding, head and norms stay in the compute type."""
     dtype = pick_dtype(model, device)
     options: dict[str, Any] = {}
     if model.load_in_4bit:
+        # Only tensors of a float type are divided: 4-bit weights then lie in the bytes of one instead of in uint8.
         options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                                                            bnb_4bit_compute_dtype=dtype)
+                                                            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if sharded else torch.uint8)
+    elif sharded:
+        options["device_map"] = None  # it need not fit a GPU: it is divided on its way there
     loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", **options)
     base = loaded.model
     base.config.use_cache = False
@@ -58,7 +61,7 @@ def attach(loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_chec
             with hub.cache_where_unreachable(True):
                 weights = Path(snapshot_download(base_name(model), revision=model.revision, allow_patterns=["*.safetensors"]))
         loaded.model, loaded.first = adapters.add_adapters(loaded.model, lora, weights, first)
-    if pick_dtype(model, loaded.model.device.type) != torch.float32:
+    if pick_dtype(model, pick_device(model)) != torch.float32:
         # Autocast brings both operands to the compute type; PEFT's own cast of the input to float32 would be in vain.
         for module in loaded.model.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
@@ -110,7 +113,7 @@ def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: 
     with hub.cache_where_unreachable(not Path(name).is_dir()):
         try:
             loaded = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation=attention, revision=revision,
-                                                          device_map={"": device} if device == "cuda" else None, **options)
+                                                          **{"device_map": {"": device} if device == "cuda" else None} | options)
         except (OSError, ValueError, RuntimeError, SafetensorError, ImportError) as error:
             raise ModelError(hub.explain(error, f"model {name}", name, revision)) from None
         finally:

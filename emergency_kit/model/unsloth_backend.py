@@ -25,10 +25,10 @@ from emergency_kit.model.backend import Loaded, base_name, pick_dtype
 owns_loss = True
 
 
-def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False) -> Loaded:
-    """See `Backend.load`; never `full`. Weights are quantised from the named model itself, not taken from Unsloth's copy in 4-bit: the
+def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False) -> Loaded:
+    """See `Backend.load`; never `full` nor `sharded`. Weights are quantised from the named model itself, not taken from Unsloth's copy in 4-bit: the
     adapters then name the model of the config, which `merge` reads in full precision. The tokenizer is the one that the rows were made with."""
-    assert not full, "backend.choose passes Unsloth by for full fine-tuning"
+    assert not full and not sharded, "backend.choose passes Unsloth by for full fine-tuning and FSDP"
     name, dtype = base_name(model), pick_dtype(model, device)
     if Path(name).is_dir():
         hub.require_whole(Path(name))

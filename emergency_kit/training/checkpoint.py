@@ -24,9 +24,9 @@ from emergency_kit.artifacts import save_json, save_manifest, verify_folder
 from emergency_kit.config import Resolved
 from emergency_kit.data.stream import StreamRows
 from emergency_kit.errors import Interrupted, KitError, ModelError, TrainingError
-from emergency_kit.files import folder_bytes, free_bytes, staged_folder
+from emergency_kit.files import folder_bytes, free_bytes, staged_folder, temporary_sibling
 from emergency_kit.model.backend import base_name, save_trained
-from emergency_kit.training import ranks
+from emergency_kit.training import ranks, sharding
 from emergency_kit.training.best import best_evaluation, validation_history
 
 if TYPE_CHECKING:
@@ -82,44 +82,58 @@ class RunFacts:
         return self.earlier_seconds + time.monotonic() - self.started
 
 
-def save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None] = lambda folder: None, summary: dict[str, Any] | None = None) -> None:
+def save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None] = lambda folder: None, summary: dict[str, Any] | None = None,
+         write_parts: Callable[[Path], None] | None = None) -> None:
     """Write a checkpoint whole, on rank 0; `fill` adds its own files. What the disk refuses is tried again `training.save_retries` times.
 
-    Raises TrainingError, or Interrupted where a stop was asked for meanwhile; the checkpoints of before are as they were.
+    write_parts: what all ranks write together into a folder beside, which rank 0 takes in as the checkpoint's `optimizer`. Raises TrainingError, or
+    Interrupted where a stop was asked for meanwhile; the checkpoints of before are as they were.
     """
-    failure: KitError | None = None
-    if ranks.is_first():
+    gathered = sharding.adapters(trainer.model) if ranks.is_sharded() else None
+    parts = ranks.shared(temporary_sibling(folder.parent)) if write_parts else None
+    for attempt in range(trainer.config.save_retries + 1):
+        done, failure = True, None
         try:
-            _save(trainer, folder, fill, summary)
-        except (TrainingError, Interrupted) as error:
-            failure = error
-    failure = ranks.shared(failure)
-    if failure is not None:
-        raise failure
+            if write_parts:
+                write_parts(parts)
+            if ranks.is_first():
+                _save(trainer, folder, fill, summary, gathered, parts)
+        except OSError as error:
+            done, failure = False, _refused(trainer, folder, error, attempt) if ranks.is_first() else None
+            if parts and ranks.is_first():
+                shutil.rmtree(parts, ignore_errors=True)
+        done, failure = ranks.shared((done, failure))
+        if done:
+            return
+        if failure:
+            raise failure
 
 
-def _save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None], summary: dict[str, Any] | None) -> None:
+def _save(trainer: "KitTrainer", folder: Path, fill: Callable[[Path], None], summary: dict[str, Any] | None, gathered: dict[str, Any] | None, parts: Path | None) -> None:
+    _check_place(trainer.facts, folder.parent)
+    _check_space(trainer.facts, folder.parent)
+    with writing(trainer, folder, summary, gathered) as temporary:
+        fill(temporary)
+        if parts:
+            os.replace(parts, temporary / sharding.SHARDED_OPTIMIZER)
+    trainer.facts.checkpoint_bytes = max(trainer.facts.checkpoint_bytes, folder_bytes(folder))
+
+
+def _refused(trainer: "KitTrainer", folder: Path, error: OSError, attempt: int) -> KitError | None:
+    """What ends the run after the disk refused a save; None, some seconds later, where it is to be tried again."""
     from emergency_kit.training.callbacks import LOG
 
-    facts, training = trainer.facts, trainer.facts.resolved.config.training
-    for attempt in range(training.save_retries + 1):
-        try:
-            _check_place(facts, folder.parent)
-            _check_space(facts, folder.parent)
-            with writing(trainer, folder, summary) as temporary:
-                fill(temporary)
-            facts.checkpoint_bytes = max(facts.checkpoint_bytes, folder_bytes(folder))
-            return
-        except OSError as error:
-            kept, _ = find_newest(list_checkpoints(folder.parent))
-            needed = facts.checkpoint_bytes or FIRST_BYTES
-            reason = f"{folder} could not be saved ({error.strerror or error}); {needed / 1e6:.0f} MB are needed, {_free(folder.parent)} are free"
-            before = f"the last good checkpoint is {kept}; when there is room again: the same command with --resume-from {kept}" if kept else "there is no earlier checkpoint"
-            if attempt == training.save_retries:
-                raise TrainingError(f"{reason}; tried {attempt + 1} times; {before}") from None
-            LOG.warning("%s; trying again in %g s (%d of %d)", reason, training.save_retry_seconds, attempt + 1, training.save_retries)
-            if not trainer.stop.wait(training.save_retry_seconds):
-                raise Interrupted(f"stopped at step {trainer.state.global_step}/{trainer.state.max_steps}; {reason}; {before}") from None
+    training = trainer.config
+    kept, _ = find_newest(list_checkpoints(folder.parent))
+    needed = trainer.facts.checkpoint_bytes or FIRST_BYTES
+    reason = f"{folder} could not be saved ({error.strerror or error}); {needed / 1e6:.0f} MB are needed, {_free(folder.parent)} are free"
+    before = f"the last good checkpoint is {kept}; when there is room again: the same command with --resume-from {kept}" if kept else "there is no earlier checkpoint"
+    if attempt == training.save_retries:
+        return TrainingError(f"{reason}; tried {attempt + 1} times; {before}")
+    LOG.warning("%s; trying again in %g s (%d of %d)", reason, training.save_retry_seconds, attempt + 1, training.save_retries)
+    if not trainer.stop.wait(training.save_retry_seconds):
+        return Interrupted(f"stopped at step {trainer.state.global_step}/{trainer.state.max_steps}; {reason}; {before}")
+    return None
 
 
 def _check_place(facts: RunFacts, folder: Path) -> None:
@@ -148,12 +162,12 @@ def _free(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def writing(trainer: "KitTrainer", folder: Path, summary: dict[str, Any] | None = None) -> Iterator[Path]:
-    """Fill a temporary folder with the guide's files; the caller may add more; the manifest closes it."""
+def writing(trainer: "KitTrainer", folder: Path, summary: dict[str, Any] | None = None, gathered: dict[str, Any] | None = None) -> Iterator[Path]:
+    """Fill a temporary folder with the guide's files; the caller may add more; the manifest closes it. gathered: the adapters of a divided model."""
     facts = trainer.facts
     with staged_folder(folder) as temporary:
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_trained(model, facts.tokenizer, temporary, facts.first)
+        save_trained(model, facts.tokenizer, temporary, facts.first, gathered)
         save_json(temporary / "training_state.json", training_state(trainer, summary))
         yield temporary
         save_manifest(temporary, "train", facts.resolved, dataset_hash=facts.dataset_hash,
@@ -238,6 +252,8 @@ def load_weights(model: Any, folder: Path, first: dict[str, Any] | None) -> None
 
     if first is not None:
         set_peft_model_state_dict(model, adapters.load_difference(folder)[0])
+    elif ranks.is_sharded():
+        sharding.load_adapters(model, load_file(folder / "adapter_model.safetensors"))
     elif (folder / "adapter_model.safetensors").is_file():
         set_peft_model_state_dict(model, load_file(folder / "adapter_model.safetensors"))
     else:

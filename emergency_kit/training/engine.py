@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from emergency_kit.config import ModelSection, Resolved, TrainingConfig
 from emergency_kit.errors import TrainingError
 from emergency_kit.model.backend import pick_device
-from emergency_kit.training.ranks import world
+from emergency_kit.training.ranks import is_sharded, world
 from emergency_kit.training.schedule import step_rows, warmup_steps
 
 # Under which trackers file the runs.
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, row_tokens: int) -> "FusedStep | None":
     """Give the model its loss, and the engine of its step; what was chosen, and why, goes into `loaded.notes`. pass_rows: rows of a pass;
     row_tokens: of the longest row that may come."""
+    import torch
+
     from emergency_kit.training import end_to_end, loss, preference
     from emergency_kit.training.fused.step import FusedStep
 
@@ -45,7 +47,8 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
         loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}")
     if loaded.owns_loss:
         return None
-    modules_on_gpu = fused is None and causal_lm.device.type == "cuda"
+    # Weights that FSDP divides are on the CPU until then.
+    modules_on_gpu = fused is None and (causal_lm.device.type == "cuda" or is_sharded() and torch.cuda.is_available())
     if modules_on_gpu and has_liger():
         loaded.notes.append("Liger kernels")
     if training.method == "dpo":
@@ -62,7 +65,8 @@ def beyond_plain_loss(training: TrainingConfig) -> str:
     """What a run asks of the model's forward pass beyond its loss, in words: a backend that owns its loss is not used for these. Empty where nothing is."""
     wanted = {"training.method dpo": training.method == "dpo", "training.neftune_noise_alpha": training.neftune_noise_alpha,
               "training.label_smoothing_factor": training.label_smoothing_factor, "training.engine fused": training.engine == "fused",
-              f"training.metric_for_best_model {training.metric_for_best_model}, whose answers are generated in training": training.metric_for_best_model != "loss"}
+              f"training.metric_for_best_model {training.metric_for_best_model}, whose answers are generated in training": training.metric_for_best_model != "loss",
+              "FSDP": is_sharded()}
     return next((name for name, there in wanted.items() if there), "")
 
 
@@ -77,6 +81,8 @@ def _not_fused(model: Any, training: TrainingConfig) -> str | None:
 
     from emergency_kit.training.fused.step import unsupported
 
+    if is_sharded():
+        return "FSDP, which gathers a layer's weights around transformers' modules"
     if training.method == "dpo":
         return "training.method dpo"
     if training.finetuning_type == "full":

@@ -16,7 +16,7 @@ import torch
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.model.backend import memory_bytes
-from emergency_kit.training import ranks
+from emergency_kit.training import ranks, sharding
 from emergency_kit.training.callbacks import LOG
 from emergency_kit.training.fit import keep_layers
 from emergency_kit.training.loss import unpadded
@@ -43,7 +43,7 @@ def try_longest(trainer: "KitTrainer", load: "Load") -> None:
         trainer._eval_batch(_batch(trainer, trainer.eval_dataset, load.worst_eval))
         trainer.model.train()
         with open(os.devnull, "wb") as nowhere:
-            torch.save([[parameter for parameter in trainer.model.parameters() if parameter.requires_grad], standing], nowhere)
+            torch.save([sharding.local(tensor) for tensor in (*(one for one in trainer.model.parameters() if one.requires_grad), *standing)], nowhere)
         if trainer.fused is not None and trainer.config.gradient_checkpointing == "auto" and trainer.facts.pieces == 1:
             rows = unpadded(batch["input_ids"], batch["labels"], batch["attention_mask"])
             number = trainer.fused.kept_layers = -ranks.most(-keep_layers(trainer.fused, rows, trainer.config.max_gpu_memory_gb))

@@ -36,7 +36,7 @@ def supervised_loss(hidden: Tensor, labels: Tensor, head: torch.nn.Module, divis
     wanted = targets != IGNORE
     chosen = hidden[:, :-1][wanted]
     if chosen.shape[0] == 0:
-        return hidden.float().sum() * 0.0
+        return head(hidden[:, :1]).float().sum() * 0.0  # through the head, too: where FSDP divides it, all ranks gather it together
     total = F.cross_entropy(head(chosen).float(), targets[wanted], reduction="sum", label_smoothing=smoothing)
     return total / (chosen.shape[0] if divisor is None else divisor)
 

@@ -1,8 +1,8 @@
 """Several ranks of one run: which this one is, that rank 0 goes first, and what all of them agree on.
 
 In: the environment that torchrun and `accelerate launch` set (RANK, WORLD_SIZE, LOCAL_RANK). Out: a joined process group, and small exchanges
-over gloo beside the gradients'. Alone, every function answers at once without torch's distribution. Limits: ranks share the output folder, and
-each holds the whole model (DDP); what a rank waits for it waits for `training.rank_timeout_seconds` at most, and says who was missing.
+over gloo beside the gradients'. Alone, every function answers at once without torch's distribution. Limits: ranks share the output folder; what a
+rank waits for it waits for `training.rank_timeout_seconds` at most, and says who was missing. Each holds the whole model (DDP), or a part (sharding.py).
 """
 
 from __future__ import annotations
@@ -34,19 +34,20 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def is_sharded() -> bool:
+    """Whether the model is divided among the ranks (FSDP2): as `accelerate launch` says in the environment."""
+    return world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def join(device: str, timeout_seconds: float) -> None:
     """Make the process group, unless there is one or this process is alone; a rank's GPU is the one of its LOCAL_RANK. Raises TrainingError
     where the others are not reached in time."""
     global _control
-    sharded = next((name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() == "true"), None)
-    if sharded:
-        raise TrainingError(f"ranks: {sharded}, which divides the model among GPUs, is not built in; every GPU must hold the model: "
-                            "accelerate launch --config_file configs/accelerate/ddp.yaml, or torchrun")
     if world() == 1 or _control is not None:
         return
     import torch
     import torch.distributed as dist
-    from accelerate import PartialState
+    from accelerate import DistributedType, PartialState
 
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -58,6 +59,8 @@ def join(device: str, timeout_seconds: float) -> None:
         state = PartialState(cpu=device == "cpu")
         if device == "cpu":
             state.device = torch.device("cpu")  # accelerate says cpu:0, to which torch.load brings nothing
+            if is_sharded():
+                state.distributed_type = DistributedType.MULTI_GPU  # the kind that accelerate makes FSDP of; torch shards a CPU's tensors just as well
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"ranks: rank {rank()} of {world()} cannot join the others at {os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} "
                             f"({str(error).splitlines()[0]}); look whether all were started, with one address, and whether a firewall is between them") from None

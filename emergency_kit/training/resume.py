@@ -18,6 +18,7 @@ from emergency_kit.config import Config, Resolved, flatten
 from emergency_kit.data.tokenize import TokenRows
 from emergency_kit.errors import ModelError, UsageError
 from emergency_kit.model.backend import base_name, check_checkpoint
+from emergency_kit.training import sharding
 from emergency_kit.training.checkpoint import NAME, find_newest, list_checkpoints, load_training_state
 from emergency_kit.training.schedule import learning_rate
 
@@ -115,7 +116,7 @@ def check_resumable(folder: Path, resolved: Resolved) -> dict[str, Any]:
     if full != ("adapter_config.json" not in manifest["files"]):
         raise ModelError(f"--resume-from {folder}: a checkpoint of {'LoRA' if full else 'full'} fine-tuning, but training.finetuning_type is "
                          f"{resolved.config.training.finetuning_type}; set it to {'lora' if full else 'full'}, or begin anew with --overwrite")
-    if "optimizer.pt" not in manifest["files"]:
+    if not {sharding.OPTIMIZER, f"{sharding.SHARDED_OPTIMIZER}/.metadata"} & set(manifest["files"]):
         raise ModelError(f"--resume-from {folder}: a finished model without optimizer state; name a checkpoint-N folder in {folder.parent}")
     return load_training_state(folder)
 

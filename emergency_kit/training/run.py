@@ -27,7 +27,7 @@ from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable, folder_bytes, remove_leftovers
 from emergency_kit.model.backend import base_name, beyond_unsloth, choose, load_tokenizer, peak_memory_bytes, pick_device, require_base
-from emergency_kit.training import checkpoint, lock, ranks, resume
+from emergency_kit.training import checkpoint, lock, ranks, resume, sharding
 from emergency_kit.training.best import best_evaluation, validation_history
 from emergency_kit.training.engine import PROJECT, beyond_plain_loss, causal_lm_of
 from emergency_kit.training.plan import plan as say_plan
@@ -51,6 +51,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     """
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not ranks.is_first())
     config = resolved.config
+    sharding.check(config)
     # Before anything imports transformers, which Unsloth patches.
     choice = choose(config.model, beyond_plain_loss(config.training) or beyond_unsloth(config.model, config.lora, config.training.finetuning_type == "full"))
     console.print(f"Device: {choice.device}; backend: {choice.name} ({choice.reason}); base model: {base_name(config.model)}")
@@ -206,7 +207,7 @@ def _train(run: _Run, stop: Stop) -> Path:
         model = model.model_copy(update={"dtype": state["compute_type"]})
     resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
     loaded = load_for_training(model, config.lora, bool(training.gradient_checkpointing), training.seed, training.finetuning_type == "full",
-                               needs=engine.beyond_plain_loss(training), first=resumed_first)
+                               needs=engine.beyond_plain_loss(training), first=resumed_first, sharded=ranks.is_sharded())
     pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
     # `auto` tries the longest rows there are, so that these are what a pass is measured in.
     row_tokens = int(rows["train"].lengths.max()) if training.per_device_train_batch_size == "auto" and training.method == "sft" else model.max_seq_length

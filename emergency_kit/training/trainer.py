@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any, Callable, Iterator
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler, Subset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer, TrainerCallback
 
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.data.stream import StreamRows
 from emergency_kit.data.tokenize import IGNORE, TokenRows
 from emergency_kit.errors import TrainingError
-from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule
+from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule, sharding
 from emergency_kit.training.callbacks import LOG, BestCallback
 from emergency_kit.training.engine import causal_lm_of
 from emergency_kit.training.gauge import Gauge
@@ -176,6 +176,9 @@ class KitTrainer(Trainer):
         self.facts, self.config, self.rising_from = facts, facts.resolved.config.training, rising_from
         self.unit = 2 if self.config.method == "dpo" else 1  # rows that stay together
         super().__init__(*args, data_collator=plain if self.unit == 1 else lambda pairs: preference.collate_pairs(pairs, plain), **options)
+        if self.is_fsdp_enabled:
+            # Its policy would add up gradients, and round the loss, in bfloat16; autocast leaves both alone, as without FSDP.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.stop, self.fused, self.resumed = stop, fused, resumed or {}
         self.before_training, self.trying, self.stops, self.carried = before_training, False, 0, 0.0
         self.evaluation_due, self.score = False, score
@@ -214,11 +217,12 @@ class KitTrainer(Trainer):
         return DataLoader(self.train_dataset, batch_sampler=batches, collate_fn=self.data_collator)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """The Trainer's own; of several ranks, every so-manieth row from this one's on."""
+        """The Trainer's own; of several ranks, this one's share of every batch, as many as the others have (one may be without rows)."""
         if self.args.world_size == 1:
             return super().get_eval_dataloader(eval_dataset)
-        rows = range(self.args.process_index, len(self.eval_dataset), self.args.world_size)
-        return DataLoader(Subset(self.eval_dataset, rows), batch_size=self.args.eval_batch_size, collate_fn=self.data_collator)
+        size, world = self.args.eval_batch_size, self.args.world_size
+        together = [range(len(self.eval_dataset))[start:start + size * world] for start in range(0, len(self.eval_dataset), size * world)]
+        return DataLoader(self.eval_dataset, batch_sampler=[list(rows[self.args.process_index::world]) for rows in together], collate_fn=self.data_collator)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, but in LoRA+'s groups where `lora.loraplus_lr_ratio` is set."""
@@ -237,11 +241,22 @@ class KitTrainer(Trainer):
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer or self.optimizer, lambda step: ratio ** (1 - step / last))
         return self.lr_scheduler
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """The compute type of a divided model, which accelerate does not give to its forward pass."""
+        return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager(cache_enabled)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.facts.first is None:
+        if self.facts.first is None and not self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             checkpoint.load_weights(self.model, Path(resume_from_checkpoint), self.facts.first)
+
+    def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
+        if folder is None or (not self.is_fsdp_enabled and Path(folder, sharding.OPTIMIZER).is_file()):
+            super()._load_optimizer_and_scheduler(folder)
+        else:
+            sharding.load_optimizer(self.optimizer, Path(folder))
+            self.lr_scheduler.load_state_dict(torch.load(Path(folder, "scheduler.pt"), weights_only=True))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Supervised tokens of a step over its passes and ranks; under DPO, pairs. One where a stream's rows were all dropped, for nothing to be divided by."""
@@ -303,8 +318,8 @@ class KitTrainer(Trainer):
     def _step_in_pieces(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         parts, total = self._parts(inputs), None
         for number, part in enumerate(parts, 1):
-            # Ranks exchange gradients once, with the last part; none when rows are only tried.
-            with contextlib.nullcontext() if number == len(parts) and not self.trying else self.accelerator.no_sync(model):
+            # Ranks exchange gradients once, with the last part; none when rows are only tried (but divided, when they would be kept within FSDP).
+            with contextlib.nullcontext() if number == len(parts) and (not self.trying or self.is_fsdp_enabled) else self.accelerator.no_sync(model):
                 loss = super().training_step(model, part, num_items_in_batch)
             if self.fused is not None:
                 self.facts.counters.tokens_computed += self.fused.last_plan.tokens
@@ -381,7 +396,7 @@ class KitTrainer(Trainer):
             self.fused.keep_none()
             LOG.warning("Out of memory at step %d: no layer's activations are kept from here on", step)
             return
-        if self.args.world_size > 1 and not self.trying:
+        if self.args.world_size > 1 and (not self.trying or self.is_fsdp_enabled):
             raise TrainingError(f"out of memory at step {step} on rank {self.args.process_index} of {self.args.world_size}, which cannot take a step again alone; lower "
                                 "training.per_device_train_batch_size (and raise gradient_accumulation_steps as much); the same command goes on from the last checkpoint") from None
         if self.facts.pieces >= rows:
@@ -428,9 +443,16 @@ class KitTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         states = ranks.gathered(self._random_file()) if self.args.world_size > 1 else []
         self.carried = ranks.total(float(self._tr_loss))[0] / ranks.world()
+        in_parts = sharding.writes_shards()
+        gathered = sharding.whole(self.optimizer.state_dict()) if self.is_fsdp_enabled and not in_parts else None
 
         def fill(temporary: Path) -> None:
-            self._save_optimizer_and_scheduler(str(temporary))
+            if not self.is_fsdp_enabled:
+                self._save_optimizer_and_scheduler(str(temporary))
+            else:
+                torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
+                if gathered is not None:
+                    torch.save(gathered, temporary / sharding.OPTIMIZER)
             self._save_scaler(str(temporary))
             if self.args.world_size == 1:
                 self._save_rng_state(str(temporary))
@@ -438,7 +460,7 @@ class KitTrainer(Trainer):
                 (temporary / name).write_bytes(content)
             self.state.save_to_json(str(temporary / "trainer_state.json"))
 
-        checkpoint.save(self, folder, fill)
+        checkpoint.save(self, folder, fill, write_parts=(lambda parts: sharding.save_parts(self.model, self.optimizer, parts)) if in_parts else None)
         if ranks.is_first():
             checkpoint.prune(Path(self.args.output_dir), self.facts, folder, best.validation_history(self.state))
 
@@ -466,6 +488,8 @@ class _RunCallback(TrainerCallback):
         if trainer.resumed:
             schedule.follow_config(trainer.optimizer, trainer.lr_scheduler, trainer.config, trainer.facts.resolved.config.lora.loraplus_lr_ratio)
         trainer.mark()
+        if trainer.is_fsdp_enabled and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the whole weights that were divided
         trainer.before_training(trainer)
         if trainer.resumed.get("evaluation_due"):
             trainer._evaluate(None, None)

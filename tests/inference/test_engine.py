@@ -126,3 +126,14 @@ def test_an_error_in_the_model_reaches_the_caller(folder, batch):
     engine.model.lm_head = torch.nn.Linear(3, 3)
     with pytest.raises(RuntimeError):
         list(engine.stream(batch[0], 4))
+
+
+def test_a_sampled_answer_is_fixed_by_its_seed_whatever_stands_beside_it(engine, batch):
+    seeds = [5, 6, 7, 8, 9][:len(batch)]
+    together = engine.generate(batch, NEW, batch_size=len(batch), temperature=0.9, seeds=seeds)
+    for messages, seed, answer in zip(batch, seeds, together, strict=True):
+        alone = engine.stream(messages, NEW, 0.9, seed)
+        assert "".join(alone) == answer.text
+    others = engine.generate(batch, NEW, batch_size=len(batch), temperature=0.9, seeds=[seed + 50 for seed in seeds])
+    assert [answer.text for answer in others] != [answer.text for answer in together]
+    assert [answer.text for answer in together] != [answer.text for answer in engine.generate(batch, NEW, batch_size=len(batch))]

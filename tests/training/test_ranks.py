@@ -200,13 +200,6 @@ def test_passes_that_ranks_cannot_share_are_refused(monkeypatch: pytest.MonkeyPa
         check_schedule(load_config("embedded", settings=["training.keep_effective_batch=true"]).config, 10)
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharding_is_refused_not_half_done(name: str, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(TrainingError, match=f"{name}, which divides the model among GPUs, is not built in; .*ddp.yaml"):
-        train(load_config("embedded", settings=flags(tiny, tmp_path)))
-
-
 def test_a_number_of_processes_that_is_none() -> None:
     done = subprocess.run([sys.executable, "-m", "emergency_kit.training.launch", "two"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "error: NPROC: got 'two'; expected a number of processes, for instance make train NPROC=2\n"

@@ -20,6 +20,6 @@ def test_two_ranks_equal_the_naive_reference(tmp_path: Path) -> None:
         assert process.returncode == 0, errors[-3000:]
     torch.manual_seed(7)
     wanted = naive(adapt(FAMILIES["llama"]()), ROWS)
-    for engine in ("fused", "modules"):
+    for engine in ("fused", "modules", "divided"):
         found = torch.load(tmp_path / f"{engine}.pt", weights_only=True)
         assert_equal((found["loss"], found["gradients"]), wanted)
