@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from emergency_kit.config import TrainingConfig
+from emergency_kit.data.stream import StreamRows
 from emergency_kit.errors import TrainingError
 from emergency_kit.training.callbacks import LOG
 
@@ -96,7 +97,7 @@ class HealthCallback(TrainerCallback):
         """The rows of a step, with the beginning of their answers."""
         trainer = self.trainer
         assert trainer is not None
-        if trainer.facts.resolved.config.dataset.streaming:
+        if isinstance(trainer.train_dataset, StreamRows):
             size = trainer.facts.step_rows
             return f"records {(step - 1) * size} to {step * size - 1} of the stream"
         size, rows = trainer.facts.step_rows, trainer.train_dataset.rows
