@@ -39,7 +39,7 @@ def stop_on_one_rank(launcher: subprocess.Popen[str], at: str) -> Path:
     """SIGTERM to rank 1 after a line; the checkpoint that all have saved."""
     wait_for(launcher, at)
     os.kill(ranks_of(launcher)[1], signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=180)
+    _, errors = launcher.communicate(timeout=400)
     stopped = re.search(r"^error: stopped at step \d/6, saved to \S+; go on with the same command, or name it with --resume-from (\S+)$", errors, re.M)
     assert launcher.returncode == 1 and stopped, errors  # accelerate's own code
     saved = Path(stopped.group(1))
@@ -74,29 +74,36 @@ def test_divided_and_whole_by_turns(tiny: Path, alone: Path, tmp_path: Path) -> 
             shutil.rmtree(final)
             shutil.rmtree(tmp_path / "checkpoints/checkpoint-6")
         running = launcher()
-        _, errors = running.communicate(timeout=180)
+        _, errors = running.communicate(timeout=400)
         assert running.returncode == 0, errors
         assert_alike(alone, tmp_path)
     assert (tmp_path / "checkpoints/checkpoint-6/optimizer.pt").is_file()
 
 
 @pytest.mark.skipif(not MORE, reason="in make prove-ranks")
-@pytest.mark.parametrize(("weights_in", "apart"), [("model.load_in_4bit=true", 1e-4), ("model.dtype=bfloat16", 1e-2)])
-def test_other_weights_and_the_best_of_the_evaluations(weights_in: str, apart: float, tiny: Path, tmp_path: Path) -> None:
-    """Decay beyond reason makes the first evaluation the best, whose adapters go back into the divided model."""
-    more = (weights_in, "training.engine=modules", "training.load_best_model_at_end=true", "training.learning_rate=0.1", "training.weight_decay=25", "training.save_steps=2",
-            "training.lr_scheduler_type=constant", "training.max_steps=4", "training.gradient_checkpointing=true")
+@pytest.mark.parametrize(("weights_in", "apart"), [("model.load_in_4bit=true", 1e-5), ("model.dtype=bfloat16", 1e-3)])
+def test_weights_of_other_types(weights_in: str, apart: float, tiny: Path, tmp_path: Path) -> None:
+    more = (weights_in, "training.engine=modules", "training.gradient_checkpointing=true")
     train(load_config("embedded", settings=flags(tiny, tmp_path / "one", *more)))
     launcher = accelerate(2, *flags(tiny, tmp_path / "two", *more))
-    printed, errors = launcher.communicate(timeout=180)
+    _, errors = launcher.communicate(timeout=400)
     assert launcher.returncode == 0, errors
-    assert "Found" not in errors, "accelerate leaves weights whole where they lie in bytes, and says so"
-    (one, weights), (two, others) = outcome(tmp_path / "one"), outcome(tmp_path / "two")
-    assert one["summary"]["weights_of_step"] == two["summary"]["weights_of_step"] == 2
-    assert [entry["loss"] for entry in two["loss_history"]] == pytest.approx([entry["loss"] for entry in one["loss_history"]], rel=apart)
-    assert all((weights[name] - others[name]).abs().max() < 100 * apart * weights[name].abs().max() for name in weights)
-    best = load_file(tmp_path / "two/checkpoints" / f"checkpoint-{two['summary']['weights_of_step']}/adapter_model.safetensors")
-    assert all(torch.equal(best[name], others[name]) for name in best)
+    assert "Excluding from FSDP2 sharding" not in errors, "accelerate leaves weights whole where they lie in bytes, and says so"
+    for history in ("loss_history", "validation_history"):
+        one, two = ([entry["loss"] for entry in outcome(tmp_path / name)[0][history]] for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=apart)
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_the_best_evaluation_s_adapters_go_back_into_the_divided_model(tiny: Path, tmp_path: Path) -> None:
+    """Decay beyond reason makes the first evaluation the best."""
+    launcher = accelerate(2, *flags(tiny, tmp_path, "model.load_in_4bit=true", "training.load_best_model_at_end=true", "training.learning_rate=0.1", "training.weight_decay=25",
+                                    "training.save_steps=2", "training.lr_scheduler_type=constant", "training.max_steps=4"))
+    _, errors = launcher.communicate(timeout=400)
+    assert launcher.returncode == 0, errors
+    state, weights = outcome(tmp_path)
+    best = load_file(tmp_path / "checkpoints/checkpoint-2/adapter_model.safetensors")
+    assert state["summary"]["weights_of_step"] == 2 and all(torch.equal(best[name], weights[name]) for name in best)
 
 
 @pytest.mark.skipif(not MORE, reason="in make prove-ranks")
