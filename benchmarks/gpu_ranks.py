@@ -37,7 +37,7 @@ def run(bench: Bench, way: str, ranks: int, seconds: float) -> dict[str, Any]:
     started = time.monotonic()
     done = subprocess.run([sys.executable, *launcher, "scripts/train.py", "--profile", "mistral-7b", "--overwrite", *(word for one in given for word in ("--set", one))],
                           text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=seconds,
-                          env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1" if bench.tiny else "4", **({} if file else {"CUDA_VISIBLE_DEVICES": "" if bench.tiny else "0"})})
+                          env={**os.environ, "PYTHONPATH": os.pathsep.join([".", *filter(None, [os.environ.get("PYTHONPATH")])]), "OMP_NUM_THREADS": "1" if bench.tiny else "4", **({} if file else {"CUDA_VISIBLE_DEVICES": "" if bench.tiny else "0"})})
     (bench.folder / f"{out.name}.log").write_text(done.stdout)
     if done.returncode:
         said = [line for line in done.stdout.splitlines() if line.startswith("error: ")]

@@ -14,7 +14,7 @@ from emergency_kit.config import Resolved
 from emergency_kit.data.format import record_messages
 from emergency_kit.data.load import load_split
 from emergency_kit.errors import DataError
-from emergency_kit.evaluation.division import bring_together, deal, is_sharded
+from emergency_kit.evaluation.division import bring_together, deal
 from emergency_kit.evaluation.metrics import BY_NAME, score, values_of
 from emergency_kit.inference.engine import Engine
 from emergency_kit.inference.engines import Generated
@@ -41,7 +41,7 @@ def build_scorer(resolved: Resolved, tokenizer: Any) -> Callable[[Any, Callable[
     def measure(model: Any, check: Callable[[], None]) -> dict[str, float]:
         engine = Engine(Loaded(model, tokenizer, "training", ""))
         mine: dict[int, Generated] = {}
-        for places in deal(prompts, range(len(prompts)), config.evaluation.batch_size, divided=not is_sharded(model)):
+        for places in deal(prompts, range(len(prompts)), config.evaluation.batch_size):
             answers = engine.generate([prompts[place] for place in places], config.evaluation.max_new_tokens, len(places), progress=lambda done, tokens: check())
             mine |= zip(places, answers)
         found_answers = bring_together(mine)
