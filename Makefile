@@ -38,7 +38,7 @@ setup-gpu: setup ## Install the pinned packages of the gpu extra into .venv: mak
 	@[ "$(CUDA)" = 12 ] || [ "$(CUDA)" = 13 ] || { echo "error: CUDA=$(CUDA); expected CUDA=12 or CUDA=13 (nvidia-smi shows the driver: 580 or newer takes 13)" >&2; exit 2; }
 	@$(PIP) -r <(grep -v '^torch==' requirements.lock) -r requirements-gpu-cu$(CUDA).lock $(ARGS)
 
-prove-gpu-install: setup ## Let pip resolve the gpu extra with the pins of requirements.lock, install nothing, compare with the GPU locks (no GPU; two minutes, a GB of downloads)
+prove-gpu-install: setup ## Let pip resolve both GPU locks whole, for Python 3.11 to 3.13, and the gpu extra; installs nothing (no GPU; five minutes, metadata only)
 	@$(VENV)/bin/python -m tests.model.gpu_install
 
 verify: setup ## Check the environment: packages, model, tokenizer, GPU, disk

@@ -1,8 +1,8 @@
 """Do the GPU locks resolve from the package index? pip resolves all that `make setup-gpu` would install, and installs nothing; no GPU needed.
 
 Out: what was found, by lock and Python. Fails where pip finds no wheels that go together, where one would be installed that no lock pins, where a pin is
-not what would be installed, and where `pip install '.[gpu]'`, with only requirements.lock given, takes other versions than the lock for CUDA 13, whose torch
-is the base's. Limits: Linux on x86-64. pip judges `python_version` by the Python it runs on, so what the wheels demand on each is held to the pins here.
+not what would be installed, and where `pip install '.[gpu]'` moves a pin of requirements.lock or takes an older package than the lock for CUDA 13, whose
+torch is the base's; a newer one is told. Limits: Linux on x86-64. pip judges `python_version` by the Python it runs on, so what the wheels demand on each is held to the pins here.
 Run: `make prove-gpu-install`.
 """
 
@@ -17,6 +17,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.model.test_locks import installed, pins
 
@@ -73,11 +74,12 @@ def main() -> None:
                 wrong += [f"CUDA {cuda}, Python {python}: {line}" for line in differ]
                 print(f"CUDA {cuda}, Python {python}: {len(found)} packages resolved, {len(pinned)} pinned, {len(differ)} of them otherwise; torch {found['torch']}", flush=True)
         free = versions(resolve([*pip, *dry, "--no-build-isolation", "-c", "requirements.lock", ".[gpu]"], report))
-    pinned = installed("requirements.lock", "requirements-gpu-cu13.lock")
-    # triton and CUDA's libraries come with torch, of which an index may offer a CPU build.
-    moved = [f"{name} {version}, pinned {pinned[name]}" for name, version in sorted(free.items()) if name in pinned and name != "triton" and version != pinned[name]]
-    wrong += [f"pip install '.[gpu]': {line}" for line in moved]
-    print(f"pip install '.[gpu]' beside the pins of requirements.lock: {len(free)} packages, {sum(name in pins('requirements.lock') for name in free)} of them pinned there, {len(moved)} otherwise than locked")
+    base, pinned = pins("requirements.lock"), installed("requirements.lock", "requirements-gpu-cu13.lock")
+    # triton comes with torch, of which an index may offer a CPU build: pip then takes the newest for Unsloth.
+    others = {name: version for name, version in free.items() if name in pinned and name != "triton" and version != pinned[name]}
+    wrong += [f"pip install '.[gpu]': {name} {version}, pinned {pinned[name]}" for name, version in others.items() if name in base or Version(version) < Version(pinned[name])]
+    print(f"pip install '.[gpu]' beside the pins of requirements.lock: {len(free)} packages, {sum(name in base for name in free)} of them pinned there; "
+          f"otherwise than locked: {', '.join(f'{name} {version} (lock: {pinned[name]})' for name, version in sorted(others.items())) or 'none'}")
     print(f"{time.monotonic() - began:.0f} seconds")
     sys.exit("\n".join(["these are not as locked:", *wrong]) if wrong else 0)
 

@@ -67,3 +67,13 @@ def test_unsloths_own_demands_are_met(lock: str) -> None:
     for one in wanted:
         if one.marker is None or one.marker.evaluate({"extra": ""}):
             assert one.specifier.contains(pinned[canonicalize_name(one.name)]), one
+
+
+def test_a_demand_on_one_python_or_of_an_extra_is_held_to_the_pins() -> None:
+    from tests.model.gpu_install import unmet  # which takes `pins` from here
+
+    metadata = [{"name": "a", "requires_dist": ['b[c]==2; sys_platform == "linux"', 'late; python_version >= "3.13"', 'win; sys_platform == "win32"']},
+                {"name": "b", "requires_dist": ['d>=4; extra == "c"', 'e; extra == "f"']}]
+    assert unmet(metadata, {"a": "1", "b": "2", "d": "4"}, "3.12") == []
+    assert unmet(metadata, {"a": "1", "b": "2", "d": "3"}, "3.13") == ['a wants late; python_version >= "3.13"', 'b wants d>=4; extra == "c"']
+    assert unmet(metadata, {"a": "1", "b": "3", "d": "4"}, "3.12") == ['a wants b[c]==2; sys_platform == "linux"']
