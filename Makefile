@@ -36,7 +36,7 @@ setup: $(VENV)/installed.txt $(BASE) ## Make .venv, install the pinned packages,
 # Beside requirements.lock in .venv, but for torch, which each GPU lock pins for its CUDA; by ===, which an installed CPU build does not meet.
 setup-gpu: setup ## Install the pinned packages of the gpu extra into .venv: make setup-gpu CUDA=13 (driver 580 or newer) or CUDA=12
 	@[ "$(CUDA)" = 12 ] || [ "$(CUDA)" = 13 ] || { echo "error: CUDA=$(CUDA); expected CUDA=12 or CUDA=13 (nvidia-smi shows the driver: 580 or newer takes 13)" >&2; exit 2; }
-	@$(PIP) -r <(grep -v '^torch==' requirements.lock) -r requirements-gpu-cu$(CUDA).lock $(ARGS)
+	@$(PIP) -r <(grep -v '^torch==' requirements.lock) -r requirements-gpu-cu$(CUDA).lock
 
 prove-gpu-install: setup ## Let pip resolve both GPU locks whole, for Python 3.11 to 3.13, and the gpu extra; installs nothing (no GPU; five minutes, metadata only)
 	@$(VENV)/bin/python -m tests.model.gpu_install

@@ -21,15 +21,21 @@ from packaging.version import Version
 
 from tests.model.test_locks import installed, pins
 
-PYTHONS = ("3.11", "3.12", "3.13")
+CUDAS, PYTHONS = (12, 13), ("3.11", "3.12", "3.13")
 PIP_WHEEL = "pip==26.3"  # reads metadata without fetching the wheels: 2 GB less for each resolution
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        said = "\n".join(line for line in done.stderr.splitlines() if not line.startswith("WARNING"))
+        sys.exit(f"pip fails; next: check the network and the package index, then the pins\n{' '.join(command)}\n{said[-3000:]}")
 
 
 def resolve(command: list[str], report: Path) -> list[dict]:  # type: ignore[type-arg]
     """Metadata of each package that `command`, a dry run of pip, would install."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"pip finds no versions that go together:\n{' '.join(command)}\n{(done.stderr or done.stdout)[-3000:]}")
+    report.unlink(missing_ok=True)
+    run(command)
     return [entry["metadata"] for entry in json.loads(report.read_text())["install"]]
 
 
@@ -59,21 +65,21 @@ def unmet(metadata: list[dict], pinned: dict[str, str], python: str) -> list[str
 def main() -> None:
     began, wrong = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--dest", folder, PIP_WHEEL], check=True, stderr=subprocess.DEVNULL)
+        run([sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps", "--dest", folder, PIP_WHEEL])
         report = Path(folder) / "report.json"
-        pip = [sys.executable, f"{next(Path(folder).glob('pip-*.whl'))}/pip", "--disable-pip-version-check", "install", "--quiet"]
-        dry = ["--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", str(report)]
-        for cuda in (12, 13):
+        pip = [sys.executable, f"{next(Path(folder).glob('pip-*.whl'))}/pip", "--disable-pip-version-check", "install", "--quiet",
+               "--dry-run", "--ignore-installed", "--use-feature=fast-deps", "--report", str(report)]
+        for cuda in CUDAS:
             pinned = installed("requirements.lock", f"requirements-gpu-cu{cuda}.lock")
             for python in PYTHONS:
-                arguments = " ".join([*dry, "--only-binary=:all:", "--python-version", python])
-                metadata = resolve(["make", "--no-print-directory", "-o", "setup", "setup-gpu", f"CUDA={cuda}", f"PIP={' '.join(pip)}", f"ARGS={arguments}"], report)
+                command = " ".join([*pip, "--only-binary=:all:", "--python-version", python])
+                metadata = resolve(["make", "--no-print-directory", "-o", "setup", "setup-gpu", f"CUDA={cuda}", f"PIP={command}"], report)
                 found = versions(metadata)
                 differ = [f"{name} {found.get(name, 'missing')}, pinned {pinned.get(name, 'nowhere')}" for name in sorted(found | pinned) if found.get(name) != pinned.get(name)]
                 differ += unmet(metadata, pinned, python)
                 wrong += [f"CUDA {cuda}, Python {python}: {line}" for line in differ]
-                print(f"CUDA {cuda}, Python {python}: {len(found)} packages resolved, {len(pinned)} pinned, {len(differ)} of them otherwise; torch {found['torch']}", flush=True)
-        free = versions(resolve([*pip, *dry, "--no-build-isolation", "-c", "requirements.lock", ".[gpu]"], report))
+                print(f"CUDA {cuda}, Python {python}: {len(found)} packages resolved, {len(pinned)} pinned, {len(differ)} faults; torch {found['torch']}", flush=True)
+        free = versions(resolve([*pip, "--no-build-isolation", "-c", "requirements.lock", ".[gpu]"], report))
     base, pinned = pins("requirements.lock"), installed("requirements.lock", "requirements-gpu-cu13.lock")
     # triton comes with torch, of which an index may offer a CPU build: pip then takes the newest for Unsloth.
     others = {name: version for name, version in free.items() if name in pinned and name != "triton" and version != pinned[name]}
