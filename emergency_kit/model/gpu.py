@@ -20,6 +20,7 @@ from emergency_kit.errors import ModelError
 
 LEAST_DRIVER = {12: (525, 60, 13), 13: (580, 65, 6)}
 AMPERE, TRITON = (8, 0), (7, 0)
+OLDEST_LOCKED = (7, 0)  # of the kernels in torch 2.10.0 for CUDA 12.8; those for CUDA 13 begin later
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ def check_capability(card: Card) -> str:
     known = [(kind, int(digits[:-1]), int(digits[-1])) for kind, digits in (re.fullmatch(r"(sm|compute)_(\d+)[af]?", name).groups() for name in card.architectures  # type: ignore[union-attr]
                                                                             if re.fullmatch(r"(sm|compute)_(\d+)[af]?", name))]
     if known and not any((has, part) <= (major, minor) and (kind == "compute" or has == major) for kind, has, part in known):
-        raise ModelError(f"{card.name} has compute capability {major}.{minor}, torch's build for CUDA {card.cuda} has kernels for {', '.join(card.architectures)}; "
-                         f"next: make setup-gpu CUDA={12 if card.cuda.startswith('13') else 13}")
+        remedy = f"make setup-gpu CUDA={12 if card.cuda.startswith('13') else 13}" if card.capability >= OLDEST_LOCKED else "neither GPU lock has any; CUDA_VISIBLE_DEVICES= trains on the CPU"
+        raise ModelError(f"{card.name} has compute capability {major}.{minor}, torch's build for CUDA {card.cuda} has kernels for {', '.join(card.architectures)}; next: {remedy}")
     note = "" if card.capability >= TRITON else "; too old for Unsloth (7.0): --set model.backend=hf"
     return f"{card.name}, compute capability {major}.{minor}{note}"
 

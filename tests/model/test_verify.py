@@ -47,6 +47,8 @@ def test_a_driver_that_is_too_old(driver: str, cuda: str, remedy: str) -> None:
 def test_a_card_that_torch_has_no_kernels_for() -> None:
     with pytest.raises(ModelError, match=r"RTX 4080 has compute capability 7.0, torch's build for CUDA 13.0 has kernels for sm_75, .*; next: make setup-gpu CUDA=12"):
         gpu.check_capability(replace(ADA, capability=(7, 0)))
+    with pytest.raises(ModelError, match="P100 has compute capability 6.0, .* next: neither GPU lock has any"):
+        gpu.check_capability(replace(ADA, name="P100", capability=(6, 0)))
     with pytest.raises(ModelError, match="capability 12.0, .* next: make setup-gpu CUDA=13"):
         gpu.check_capability(replace(T4, capability=(12, 0)))
     assert gpu.check_capability(replace(ADA, capability=(12, 1))).endswith("12.1") and gpu.check_capability(replace(ADA, capability=(13, 0))).endswith("13.0")  # compiled anew
