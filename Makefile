@@ -177,7 +177,7 @@ test: setup $(VENV)/installed-test.txt ## Run the tests
 	@bash tests/install_browser.sh
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); a streamed run, an evaluation and a sweep of two workers disturbed likewise (a quarter of an hour)
+prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); a streamed run, an evaluation and a sweep of two workers disturbed likewise (17 minutes)
 	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py tests/training/test_fsdp.py tests/training/test_sweep.py tests/evaluation/test_divided.py tests/training/test_data_of_ranks.py $(ARGS)
 
 storm: setup ## Pull the plug at least 200 times, plant faults, damage and 500,000 mutated inputs (two hours; installs wandb into .venv; some parts need root and cc)

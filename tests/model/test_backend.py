@@ -27,7 +27,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def resolve(tiny: Path, *settings: str) -> Resolved:
-    return load_config("embedded", settings=[f"model.name={tiny}", "model.load_in_4bit=true", "lora.r=4", *settings])
+    return load_config("embedded", settings=[f"model.name={tiny}", "model.load_in_4bit=true", "model.backend=hf", "lora.r=4", *settings])
 
 
 @torch.no_grad()
@@ -117,7 +117,7 @@ def test_the_choice_and_its_reason_on_a_cpu(tiny: Path) -> None:
         choice = backend.choose(resolve(tiny, *settings).config.model)
         return choice.name, choice.device, choice.reason
 
-    assert choose() == ("hf", "cpu", "device is cpu") and choose("model.backend=hf") == ("hf", "cpu", "by config")
+    assert choose("model.backend=auto") == ("hf", "cpu", "device is cpu") and choose("model.backend=hf") == ("hf", "cpu", "by config")
     with pytest.raises(ModelError, match="model.backend is unsloth, which needs .*; next: --set model.backend=hf"):
         choose("model.backend=unsloth")
     with pytest.raises(ModelError, match=r"model.device is cuda, but torch .* sees no CUDA GPU; next: --profile embedded .* pip install '.\[gpu\]'"):
