@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -120,6 +121,25 @@ def test_config_explain_names_every_key_and_origin(kit: Callable[..., Life]) -> 
         assert f"\n{key} = " in done.out
     assert "training.seed = 5  [--set training.seed]" in done.out
     assert "training.weight_decay = 0.01  [default]" in done.out
+
+
+WITH_UNSLOTH = """import importlib.machinery, sys, types
+sys.modules["unsloth"] = types.ModuleType("unsloth")
+sys.modules["unsloth"].__spec__ = importlib.machinery.ModuleSpec("unsloth", None)
+from emergency_kit.cli import main
+main()"""
+
+
+def test_a_pipeline_that_trained_beside_unsloth_goes_on_in_a_fresh_process(tmp_path: Path, tiny: Path) -> None:
+    """Unsloth's import, here that of an empty module, changes transformers for the whole process. The second process ends at a setting that evaluation refuses."""
+    for split in ("train", "validation", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(TINY_ROW) + "\n")
+    settings = (f"model.name={tiny}", f"dataset.name={tmp_path}", "model.dtype=float32", "training.max_steps=1", "evaluation.primary_endpoints=[none]")
+    done = subprocess.run([sys.executable, "-c", WITH_UNSLOTH, "pipeline", "--profile", "embedded", "--overwrite", "--output-dir", str(tmp_path / "out"),
+                           *(word for setting in settings for word in ("--set", setting))], capture_output=True, text=True)
+    said = done.stdout
+    assert said.count("Training completed!") == said.count("is trained with this config on this data") == said.count("2/4 evaluate") == 1, said + done.stderr
+    assert done.returncode == 2 and "evaluation.primary_endpoints" in done.stderr
 
 
 def test_a_small_pipeline_from_data_to_gguf(kit: Callable[..., Life], tmp_path: Path, tiny: Path) -> None:

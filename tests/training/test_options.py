@@ -124,10 +124,10 @@ def test_dpo_counts_the_pairs_that_it_tells_apart_and_remembers_its_division(run
 
 def test_in_bfloat16_a_pair_s_reference_is_what_training_begins_with_and_answers_are_scored(tiny: Path, tmp_path: Path) -> None:
     """Outside a step, too, base weights in bfloat16 meet adapters in float32."""
-    folder = train(resolve(tiny, tmp_path, "model.dtype=bfloat16", "training.method=dpo"))
+    folder = train(resolve(tiny, tmp_path, "model.dtype=bfloat16", "training.method=dpo", "training.max_steps=1"))
     first = checkpoint.load_training_state(folder)["loss_history"][0]["loss"]
     assert first == pytest.approx(0.6931, abs=0.03), "no margin yet: the logarithm of 2"
-    scored = train(resolve(tiny, tmp_path, "model.dtype=bfloat16", "training.engine=modules", "training.model_name=scored", "training.load_best_model_at_end=true",
+    scored = train(resolve(tiny, tmp_path, "model.dtype=bfloat16", "training.engine=modules", "training.max_steps=1", "training.model_name=scored", "training.load_best_model_at_end=true",
                            "training.metric_for_best_model=critical_action_recall", "training.best_samples=2", "evaluation.max_new_tokens=4"), scorer=build_scorer)
     assert all(entry["critical_action_recall"] == 0 for entry in checkpoint.load_training_state(scored)["validation_history"])
 
