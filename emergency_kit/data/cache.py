@@ -24,7 +24,6 @@ from filelock import FileLock, Timeout
 
 from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import Resolved
-from emergency_kit.data.divide import cores
 from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.grounding import grounding
 from emergency_kit.data.rejected import RejectedList, say_rejected
@@ -33,6 +32,7 @@ from emergency_kit.data.tokenize import TokenRows, build_rows, map_ids, say_chan
 from emergency_kit.errors import DataError
 from emergency_kit.files import folder_bytes, staged_folder
 from emergency_kit.knowledge.cards import load_cards
+from emergency_kit.model.process_memory import cores
 
 if TYPE_CHECKING:
     from emergency_kit.data.load import Split

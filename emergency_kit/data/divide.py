@@ -27,11 +27,6 @@ AHEAD = 3
 _work: Any = None
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def divide(work: Callable[[Any], T], batches: Iterator[Any], processes: int) -> Iterator[T]:
     """`map(work, batches)`, by several processes where there are many batches. Raises DataError where one of them dies."""
     for batch in islice(batches, ALONE) if processes > 1 else batches:

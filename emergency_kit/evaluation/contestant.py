@@ -24,8 +24,8 @@ from emergency_kit.evaluation.division import bring_together, deal
 from emergency_kit.evaluation.purpose_file import make_file
 from emergency_kit.inference.engines import Generated, Messages
 from emergency_kit.model import backend
+from emergency_kit.model.process_memory import cores
 from emergency_kit.training import ranks
-from emergency_kit.training.workers import cores
 
 # What decides an answer beside the files: raise it when the prompt's rendering or the engines' arithmetic change.
 ANSWERS_VERSION = 1
@@ -186,7 +186,8 @@ class LlamaAsker:
     def __init__(self, path: Path, slots: int):
         from emergency_kit.inference.llama_engine import LlamaEngine
 
-        self.engine = LlamaEngine(path, slots, threads=max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun sets OMP_NUM_THREADS to 1, which the engine would take
+        self.engine = LlamaEngine(path, slots, **({"threads": max(1, cores() // beside)} if beside > 1 else {}))
         self.description = self.engine.description
 
     def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,

@@ -6,7 +6,6 @@ core, and written in their order. Memory: two blocks a core (`weights.BLOCK_WEIG
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +19,7 @@ from emergency_kit.export.progress import INTERVAL_SECONDS
 from emergency_kit.export.quantize import Quantization, choose_type, count_bytes, encode_rows
 from emergency_kit.export.vocabulary import Vocabulary, add_vocabulary
 from emergency_kit.export.weights import Weights, cut_rows
+from emergency_kit.model.process_memory import cores
 
 if TYPE_CHECKING:
     from typing import BinaryIO
@@ -61,7 +61,7 @@ class _Stream:
     config: Any
     family: Family
     pool: ThreadPoolExecutor
-    cores: int
+    ahead: int
 
     @property
     def nbytes(self) -> int:
@@ -71,7 +71,7 @@ class _Stream:
         head = architecture.head_weights(self.config) if architecture.is_reordered(self.place.gguf, self.family) else 1
         waiting: deque[Future[numpy.ndarray]] = deque()
         for rows in cut_rows(self.place.shape, head):
-            if len(waiting) == 2 * self.cores:
+            if len(waiting) == self.ahead:
                 waiting.popleft().result().tofile(file)
             waiting.append(self.pool.submit(self._encode, rows))
         while waiting:
@@ -89,8 +89,8 @@ def write_gguf(path: Path, plan: Plan, config: Any, weights: Weights, vocabulary
 
     import numpy
 
-    quantization, cores = plan.quantization, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    writer, pool = GGUFWriter(path, family.name), ThreadPoolExecutor(cores)
+    quantization, threads = plan.quantization, cores()
+    writer, pool = GGUFWriter(path, family.name), ThreadPoolExecutor(threads)
     try:
         architecture.add_metadata(writer, config, family, name, license_id)
         writer.add_file_type(quantization.file_type)
@@ -111,7 +111,7 @@ def write_gguf(path: Path, plan: Plan, config: Any, weights: Weights, vocabulary
             writer.write_tensor_data(factors)
         last = time.monotonic()
         for number, place in enumerate(plan.places, 1):
-            writer.write_tensor_data(_Stream(place, plan.types[place.gguf], weights, config, family, pool, cores))
+            writer.write_tensor_data(_Stream(place, plan.types[place.gguf], weights, config, family, pool, 2 * threads))
             if time.monotonic() - last > INTERVAL_SECONDS:
                 last = time.monotonic()
                 print(f"  ... {quantization.name}: tensor {number} of {len(plan.places)}", flush=True)

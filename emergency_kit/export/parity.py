@@ -21,6 +21,7 @@ from emergency_kit.data.template import SETTINGS, render_prompt
 from emergency_kit.errors import ExportError
 from emergency_kit.export.progress import report_while
 from emergency_kit.knowledge.cards import load_cards
+from emergency_kit.model.process_memory import cores
 
 TRICKY = "Dial 112 or 1-800-222-1222 :\n\n  “don’t move”, 10 cm cut — 37.5 °C 🔥\tHe’s 5, isn't   breathing…"
 NOTHING: dict[str, Any] = {"template_settings": SETTINGS, "texts": [], "messages": [], "prompts": [], "sequences": [], "new_tokens": 1, "lora": "", "logits_file": ""}
@@ -69,14 +70,13 @@ def ask_llama(request: dict[str, Any], file_bytes: int) -> dict[str, Any]:
     tokens and gigabyte, twenty minutes at least.
     """
     request = NOTHING | request
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tokens = sum(len(ids) for ids, _ in request["sequences"]) + sum(len(prompt) + 10 * request["new_tokens"] for prompt in request["prompts"])
     limit = 1200 + 60 * tokens * file_bytes // 100_000_000_000
     environment = os.environ | {"OMP_WAIT_POLICY": "passive",
                                 "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])}
     with report_while("llama.cpp is answering"):
         try:
-            done = subprocess.run([sys.executable, "-m", "emergency_kit.export.llama_process"], input=json.dumps(request | {"threads": threads}),
+            done = subprocess.run([sys.executable, "-m", "emergency_kit.export.llama_process"], input=json.dumps(request | {"threads": cores()}),
                                   capture_output=True, encoding="utf-8", errors="replace", timeout=limit, env=environment)
         except subprocess.TimeoutExpired:
             raise ExportError(f"llama.cpp did not finish within {limit} s and was stopped; the file was not kept. "

@@ -25,6 +25,7 @@ from emergency_kit.data.tokenize import encode_prompt
 from emergency_kit.errors import ModelError
 from emergency_kit.inference.engines import Generated, Messages, Progress, State, Stream, check_length
 from emergency_kit.inference.grammar import check_grammar
+from emergency_kit.model.process_memory import cores
 
 # Tokens of context a slot; a prompt with two cards and the longest answer take about 1,800. Memory grows with it.
 CONTEXT_TOKENS = 4096
@@ -234,7 +235,7 @@ def _count_cores() -> int:
     wanted = os.environ.get("OMP_NUM_THREADS", "")
     if wanted.isdigit() and int(wanted):
         return int(wanted)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores()
 
 
 def _build_request(prompt: list[int], max_new_tokens: int, temperature: float, seed: int | None, grammar: str) -> dict[str, Any]:

@@ -1,12 +1,18 @@
-"""Memory of this process and this computer, as the Linux kernel tells it; None where the system does not say.
+"""Memory and cores of this process and this computer, as the kernel tells it; of memory None where the system does not say.
 
-In: nothing but /proc. Out: bytes. No torch here: memory on a GPU is the allocator's to tell.
+In: nothing but the kernel. Out: bytes, a count. No torch here: memory on a GPU is the allocator's to tell.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resident_bytes(field: str = "VmRSS") -> int | None:

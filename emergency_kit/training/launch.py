@@ -13,7 +13,7 @@ import signal
 import sys
 
 from emergency_kit.errors import Interrupted, UsageError
-from emergency_kit.training.workers import cores
+from emergency_kit.model.process_memory import cores
 
 
 def main(arguments: list[str]) -> int:

@@ -29,13 +29,14 @@ from emergency_kit.config import Resolved
 from emergency_kit.errors import Interrupted, ModelError, TrainingError, UsageError
 from emergency_kit.files import check_writable
 from emergency_kit.model.backend import pick_device
+from emergency_kit.model.process_memory import cores
 from emergency_kit.model.shape import load_shape
 from emergency_kit.training import lock
 from emergency_kit.training.checkpoint import load_training_state
 from emergency_kit.training.prediction import USABLE, make
 from emergency_kit.training.run import Scorer, is_trained_as, train
 from emergency_kit.training.schedule import check_schedule
-from emergency_kit.training.workers import Killed, Workers, cores
+from emergency_kit.training.workers import Killed, Workers
 
 # Steps of a range test, and the pieces that it is divided into: at each end the validation loss is measured.
 RANGE_STEPS, RANGE_PIECES = 32, 8

@@ -34,11 +34,6 @@ class Killed(TrainingError):
     """A process that ended without an answer."""
 
 
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class Workers:
     """Up to `number` processes at a time. threads: of each, unless OMP_NUM_THREADS says otherwise; devices: names of GPUs, by worker; [] leaves them alone."""
 

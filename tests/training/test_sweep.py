@@ -22,7 +22,8 @@ from emergency_kit.errors import ConfigError, Interrupted, TrainingError, UsageE
 from emergency_kit.files import check_writable
 from emergency_kit.training import lock
 from emergency_kit.training.sweep import _warn_of_memory, split_settings, start
-from emergency_kit.training.workers import Killed, Workers, cores
+from emergency_kit.model.process_memory import cores
+from emergency_kit.training.workers import Killed, Workers
 from tests.tiny import save_tiny_model
 
 
