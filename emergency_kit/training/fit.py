@@ -70,10 +70,14 @@ def fit_rows(step_rows: int, attempt: Callable[[int], None], on_gpu: bool, exhau
 
 
 def _reckon(counts: list[int], attempt: Callable[[int], None]) -> int:
+    gc.collect()  # what ends meanwhile would be taken off a row's need
     before = resident_bytes() or 0
     one, two = _peak_bytes(attempt, 1), _peak_bytes(attempt, min(2, counts[0]))
-    # Where a second row is served from what the first has left, the first one's need stands for it.
-    each = two - one if two > one else max(one - before, 0)
+    need = one - before
+    if need <= 0:  # the highest mark cannot be had here
+        return 1
+    # Where a second row is served from what the first has left, or pages went back to the computer between the two, the first one's need stands for it.
+    each = two - one if two - one > need / 10 else need
     free = available_bytes()
     return next((count for count in counts if free and (count - 1) * each <= SHARE_OF_FREE * free), 1)
 

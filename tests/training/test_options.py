@@ -197,6 +197,14 @@ def test_on_a_cpu_the_need_of_more_rows_is_reckoned(monkeypatch: pytest.MonkeyPa
     assert fit.fit_rows(64, attempt, False, lambda error: False) in (32, 64)
     monkeypatch.setattr(fit, "available_bytes", lambda: 150_000_000)
     assert fit.fit_rows(64, attempt, False, lambda error: False) <= 2
+    # Where the highest mark does not move, as on a system that has none, one row at a time is sure to fit; where other pages went meanwhile, a row takes what the first one took.
+    monkeypatch.setattr(fit, "available_bytes", lambda: free)
+    now = fit.resident_bytes()
+    monkeypatch.setattr(fit, "resident_bytes", lambda field="VmRSS": None if field == "VmHWM" else now)
+    assert fit.fit_rows(64, attempt, False, lambda error: False) == 1
+    monkeypatch.setattr(fit, "available_bytes", lambda: 150_000_000)
+    monkeypatch.setattr(fit, "resident_bytes", lambda field="VmRSS": now + 60_000_000 * (field == "VmHWM"))
+    assert fit.fit_rows(64, attempt, False, lambda error: False) == 2
 
 
 def test_optimizers_and_schedules_have_their_names_in_transformers() -> None:
