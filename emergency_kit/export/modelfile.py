@@ -194,5 +194,5 @@ def _quote(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Literal text for a Go template."""
-    return text.replace("{{", '{{ "{{" }}')
+    """Literal text for a Go template; a brace at its end would open the action behind it a letter early."""
+    return re.sub(r"\{\{|\{\Z", lambda found: f'{{{{ "{found.group()}" }}}}', text)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import resource
 import sys
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json")
 MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+
+# transformers, PEFT and accelerate import bitsandbytes where it is there, and on a CPU with bfloat16 instructions it then asks for a package whose kernel is
+# not used here (see `hf_backend._keep_4bit`).
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @dataclass

@@ -38,6 +38,8 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
         options["device_map"] = None  # it need not fit a GPU: it is divided on its way there
     loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", **options)
     base = loaded.model
+    if device == "cpu":
+        _keep_4bit(base)
     base.config.use_cache = False
     if gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
@@ -45,6 +47,14 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
     base.train()
     loaded.notes.append(f"every weight trained, in torch.float32, compute {dtype}" if full else f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}")
     return loaded
+
+
+def _keep_4bit(model: Any) -> None:
+    """Leave 4-bit weights as they were quantised. On a CPU with bfloat16 instructions, bitsandbytes would lay them out anew for its own kernel whenever the model
+    answers, and round their scales to bfloat16 for good: what reads them afterwards would read other weights."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def attach(loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, first: "adapters.First | None" = None) -> None:

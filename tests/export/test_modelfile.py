@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -67,6 +67,8 @@ def test_any_text_survives_the_grammar(text: str) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(system=st.text(), user=st.text(), literal=st.text())
+@example(system="", user="", literal="{")
+@example(system="a", user="b", literal="{{{")
 def test_templates_fill_as_written(system: str, user: str, literal: str) -> None:
     escaped = modelfile._escape(literal.replace("}}", ""))
     expected = literal.replace("}}", "")

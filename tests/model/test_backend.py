@@ -47,6 +47,16 @@ def test_the_contract_on_unsloth(tiny: Path, four_bit: str) -> None:
     assert done.returncode == 0 and "kept: Unsloth" in done.stdout, done.stdout[-3000:] + done.stderr[-3000:]
 
 
+def test_4bit_weights_stay_as_they_were_quantised_when_the_model_answers(tiny: Path) -> None:
+    """bitsandbytes lays them out anew on a CPU with bfloat16 instructions: what training read after an evaluation was other weights."""
+    config = resolve(tiny, "model.dtype=float32").config
+    loaded = backend.load_for_training(config.model, config.lora, False, 0)
+    module = loaded.model.get_base_model().get_submodule("model.layers.0.self_attn.q_proj").base_layer
+    before = bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    logits(loaded.model)
+    assert torch.equal(bitsandbytes.functional.dequantize_4bit(module.weight.data, module.weight.quant_state), before)
+
+
 def test_nf4_is_of_every_linear_module_but_the_head(tiny: Path) -> None:
     config = resolve(tiny).config
     loaded = backend.load_for_training(config.model, config.lora, False, 0)
