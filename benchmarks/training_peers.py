@@ -127,7 +127,7 @@ def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *s
     facts = checkpoint.RunFacts(resolved=resolved, dataset_hash="", tokenizer=loaded.tokenizer, rows=len(rows), step_rows=BATCH * ACCUMULATION)
     args = engine.training_arguments(resolved, folder, config.model, fused is not None, steps, rows_a_pass)
     args.save_strategy = args.eval_strategy = "no"
-    load = workload.measure({"train": flat, "validation": flat}, resolved, fused is not None, loaded.model.device.type == "cuda", steps)
+    load = workload.measure({"train": flat, "validation": flat}, resolved, fused is not None, loaded.model.device.type == "cuda", fused.dtype.itemsize if fused else 0, steps)
     return KitTrainer(model=loaded.model, args=args, train_dataset=RowDataset(flat), eval_dataset=RowDataset(flat), facts=facts, pad_id=loaded.tokenizer.pad_token_id,
                       fused=fused, stop=Stop(), before_training=lambda trainer: try_longest(trainer, load))
 
@@ -182,7 +182,7 @@ def main(name: str, file: str, folder: str, steps: int, dropout: float) -> None:
     say(ready=True)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    extra = {"model_seconds": trainer.facts.step_seconds, "tokens_computed": trainer.facts.tokens_computed, "tokens": trainer.facts.tokens_seen} if ours else {}
+    extra = {"model_seconds": trainer.facts.counters.step_seconds, "tokens_computed": trainer.facts.counters.tokens_computed, "tokens": trainer.facts.counters.tokens_seen} if ours else {}
     say(peak_bytes=peak, validation_loss=validation_loss(trainer.model, rows["validation"]) if rows["validation"] else None, **extra)
 
 

@@ -83,7 +83,8 @@ def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | N
     setting = setting_of(resolved, shape, on_gpu=room is not None)
     counted = plan_steps(resolved, len(rows["train"])) if rows else {"steps": training.max_steps, "epochs": training.num_epochs, "effective_batch":
                                                                    step_rows(training)}
-    load = workload.measure(rows, resolved, setting.fused, setting.on_gpu, counted["steps"]) if rows else workload.assumed(resolved, setting.fused, setting.on_gpu)
+    load = workload.measure(rows, resolved, setting.fused, setting.on_gpu, setting.compute_bytes, counted["steps"]) if rows \
+        else workload.assumed(resolved, setting.fused, setting.on_gpu, setting.compute_bytes)
     device, here = _device(setting) if room is None else (f"a GPU of {room / 1e9:g} GB", room)
     process_bytes = process_bytes if process_bytes is not None else _process_bytes()
     phases = memory.estimate(shape, resolved, setting, load.work, process_bytes)
@@ -200,7 +201,7 @@ def predict(resolved: Resolved, card: Card, rows: dict[str, Any] | None = None) 
     made = make(resolved, load_shape(resolved.config.model), rows or {}, card.memory_bytes)
     phase, total = memory.peak(made.phases)
     tokens = made.load.typical_computed or made.effective_batch * made.load.work.longest
-    most_rows, most_tokens = pass_limits(pass_rows(resolved.config.training), resolved.config.model.max_seq_length, on_gpu=True)
+    most_rows, most_tokens = pass_limits(pass_rows(resolved.config.training), resolved.config.model.max_seq_length, on_gpu=True, item_bytes=made.setting.compute_bytes)
     passes = -(-tokens // most_tokens) if made.setting.fused else made.effective_batch // pass_rows(resolved.config.training)
     supervised = tokens * made.load.work.supervised // max(1, made.load.work.tokens)
     step = step_seconds(made, card, tokens, supervised, max(1, passes))

@@ -231,7 +231,8 @@ def _train(run: _Run, stop: Stop) -> Path:
         if run.scorer is None:
             raise TrainingError(f"training.metric_for_best_model {training.metric_for_best_model}: train() was given no scorer; use emergency-kit train, or loss")
         score = run.scorer(run.resolved, loaded.tokenizer)
-    load = None if training.method == "dpo" or config.dataset.streaming else workload.measure(rows, run.resolved, fused is not None, pick_device(model) == "cuda", run.plan["steps"], pass_rows)
+    load = None if training.method == "dpo" or config.dataset.streaming else workload.measure(
+        rows, run.resolved, fused is not None, pick_device(model) == "cuda", fused.dtype.itemsize if fused else 0, run.plan["steps"], pass_rows)
     curves = CurvesCallback(run.final.parent.parent / "logs", run.final.name)
     screen, health = callbacks.ConsoleCallback(run.console), HealthCallback(causal_lm_of(loaded.model).config.vocab_size)
     dataset = PairDataset if training.method == "dpo" else RowDataset

@@ -42,27 +42,27 @@ class Load:
     worst_eval: list[int] = field(default_factory=list)
 
 
-def assumed(resolved: Resolved, fused: bool, on_gpu: bool) -> Load:
+def assumed(resolved: Resolved, fused: bool, on_gpu: bool, item_bytes: int) -> Load:
     """The load of rows as long as `model.max_seq_length` allows, each token of them supervised: what is known without the data."""
     training, limit = resolved.config.training, resolved.config.model.max_seq_length
     batch, evaluated = schedule.pass_rows(training), training.per_device_eval_batch_size
-    most_rows, most_tokens = pass_limits(batch, limit, on_gpu) if fused else (None, None)
+    most_rows, most_tokens = pass_limits(batch, limit, on_gpu, item_bytes) if fused else (None, None)
     rows = min(most_rows or math.inf, max(1, most_tokens // limit) if most_tokens else math.inf)
     batch, evaluated = int(min(batch, rows)), int(min(evaluated, rows))
     return Load(Workload(batch * limit, limit, batch * limit, 0, evaluated * limit, limit, evaluated * limit), 0, 0, 0, 0)
 
 
-def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gpu: bool, steps: int, batch: int = 0) -> Load:
-    """The load of a run of so many steps over these rows. fused: the engine; batch: rows of a pass, where they are not the config's."""
+def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gpu: bool, item_bytes: int, steps: int, batch: int = 0) -> Load:
+    """The load of a run of so many steps over these rows. fused: the engine; item_bytes: of a value that it computes with; batch: rows of a pass, where they are not the config's."""
     training = resolved.config.training
     batch = batch or schedule.pass_rows(training)
     share = training.prefix_sharing and not training.neftune_noise_alpha and not on_gpu
-    limits = pass_limits(batch, resolved.config.model.max_seq_length, on_gpu)
-    look = _Look(rows["train"], batch, limits if fused else None, share)
+    limits = pass_limits(batch, resolved.config.model.max_seq_length, on_gpu, item_bytes) if fused else None
+    look = _Look(rows["train"], batch, limits, share)
     every = list(_steps(rows["train"], schedule.step_rows(training), training.seed, steps))
     lengths = rows["train"].lengths
     # Where tokens alone fill a pass, it is all of a step's that count.
-    largest = np.sum if fused and limits[0] is None else np.max
+    largest = np.sum if limits and limits[0] is None else np.max
     longest = sorted(range(len(every)), key=lambda step: -int(largest(lengths[every[step]])))[:LONGEST_STEPS]
     evenly = range(0, len(every), max(1, len(every) // LOOKED_AT))
     seen = {step: look(every[step]) for step in sorted({*longest, *evenly})}
@@ -70,7 +70,7 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     mean = sum(sampled) / len(sampled)
     typical = min(evenly, key=lambda step: abs(seen[step].computed - mean))
     worst = max(seen, key=lambda step: seen[step].weight)
-    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits if fused else None, share)
+    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits, share)
     size = training.per_device_eval_batch_size
     batches = [list(range(start, min(start + size, len(rows["validation"])))) for start in range(0, len(rows["validation"]), size)]
     evals = [evaluated(batch) for batch in batches]

@@ -75,7 +75,7 @@ def test_fused_formulas_are_the_real_buffers(tiny: Path, out: Path, settings: tu
     config, rows = resolved.config, rows_of(resolved)
     loaded = load_for_training(config.model, config.lora, config.training.gradient_checkpointing, 0)
     fused = install_engine(loaded, config.training, 2, config.model.max_seq_length)
-    load = workload.measure(rows, resolved, True, False, 1)
+    load = workload.measure(rows, resolved, True, False, 4, 1)
     loaded.model(**collate([rows["train"][row] for row in load.worst], 0))["loss"].backward()
     loaded.model.eval()
     with torch.no_grad():

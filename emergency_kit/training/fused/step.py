@@ -23,14 +23,18 @@ from emergency_kit.training.fused.tree import Pass, Plan, Row, plan_step
 
 # Rows of logits made at once: a vocabulary of 49,152 in float32 is 50 MB for as many.
 HEAD_ROWS = 256
-# On a CPU a pass of more tokens is no faster, and what it keeps for the way back is larger.
-CPU_PASS_TOKENS = 640
+# On a CPU a pass of more bytes of a hidden value is no faster, and what it keeps for the way back is larger: 640 tokens in float32, 1,280 in bfloat16.
+CPU_PASS_BYTES = 640 * 4
 
 
-def pass_limits(pass_rows: int, row_tokens: int, on_gpu: bool) -> tuple[int | None, int | None]:
-    """`(most rows, most tokens)` of a pass. On a CPU fewer rows where they are long; on a GPU as many as fill the place of `pass_rows` rows
-    of `row_tokens` tokens, which is what must fit anyhow: launches, and 4-bit weights spread out, cost by the pass."""
-    return (None, pass_rows * row_tokens) if on_gpu and row_tokens else (pass_rows, None if on_gpu else CPU_PASS_TOKENS)
+def pass_limits(pass_rows: int, row_tokens: int, on_gpu: bool, item_bytes: int) -> tuple[int | None, int | None]:
+    """`(most rows, most tokens)` of a pass: as many rows as fill the place of `pass_rows` rows of `row_tokens` tokens, which is what must fit anyhow, on
+    a CPU no more than pays: launches, small operations, and 4-bit weights spread out, cost by the pass. item_bytes: of a value of the compute type.
+    A pass of one row is one everywhere but on a GPU, where the place of a longest row may hold several."""
+    if on_gpu:
+        return (None, pass_rows * row_tokens) if row_tokens else (pass_rows, None)
+    most = CPU_PASS_BYTES // item_bytes
+    return (None, min(pass_rows * row_tokens, most)) if row_tokens and pass_rows > 1 else (pass_rows, most)
 
 
 class FusedStep:
@@ -94,7 +98,7 @@ class FusedStep:
         noisy = training and self.neftune_alpha > 0
         if divisor is None:
             divisor = max(1, sum(int((row.labels[1:] != IGNORE).sum()) for row in rows))
-        most_rows, most_tokens = pass_limits(self.pass_rows, self.row_tokens, self.device.type == "cuda")
+        most_rows, most_tokens = pass_limits(self.pass_rows, self.row_tokens, self.device.type == "cuda", self.dtype.itemsize)
         plan = self.last_plan = plan_step(rows, most_rows, self.share and not noisy, most_tokens)
         self.scratch.content.clear()  # the adapters in it are of the step before
         if self.largest_pass_only:
