@@ -15,6 +15,7 @@ import numpy as np
 
 from emergency_kit.config import Resolved
 from emergency_kit.training import schedule
+from emergency_kit.training.fused.attention import padded, tile_of
 from emergency_kit.training.fused.step import pass_limits
 from emergency_kit.training.fused.tree import Plan, Row, plan_step
 from emergency_kit.training.memory import Workload
@@ -58,7 +59,8 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     batch = batch or schedule.pass_rows(training)
     share = training.prefix_sharing and not training.neftune_noise_alpha and not on_gpu
     limits = pass_limits(batch, resolved.config.model.max_seq_length, on_gpu, item_bytes) if fused else None
-    look = _Look(rows["train"], batch, limits, share)
+    tile = tile_of(on_gpu, item_bytes)
+    look = _Look(rows["train"], batch, limits, share, tile)
     every = list(_steps(rows["train"], schedule.step_rows(training), training.seed, steps))
     lengths = rows["train"].lengths
     # Where tokens alone fill a pass, it is all of a step's that count.
@@ -70,7 +72,7 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     mean = sum(sampled) / len(sampled)
     typical = min(evenly, key=lambda step: abs(seen[step].computed - mean))
     worst = max(seen, key=lambda step: seen[step].weight)
-    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits, share)
+    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits, share, tile)
     size = training.per_device_eval_batch_size
     batches = [list(range(start, min(start + size, len(rows["validation"])))) for start in range(0, len(rows["validation"]), size)]
     evals = [evaluated(batch) for batch in batches]
@@ -114,18 +116,18 @@ class _Step:
 class _Look:
     """What a step's passes come to."""
 
-    def __init__(self, rows: "TokenRows", batch: int, limits: tuple[int | None, int | None] | None, share: bool):
-        self.rows, self.batch, self.limits, self.share = rows, batch, limits, share
+    def __init__(self, rows: "TokenRows", batch: int, limits: tuple[int | None, int | None] | None, share: bool, tile: int):
+        self.rows, self.batch, self.limits, self.share, self.tile = rows, batch, limits, share, tile
 
     def __call__(self, step: list[int]) -> _Step:
         lengths, prompts = self.rows.lengths[step], self.rows.prompts[step]
         if self.limits:
             plan = plan_of(self.rows, step, self.limits, self.share)
-            return _Step(max((part.tokens for part in plan.passes), default=0), int(lengths.max()), max((int((part.targets >= 0).sum()) for part in plan.passes), default=0),
+            return _Step(max((padded(part.tokens, self.tile) for part in plan.passes), default=0), int(lengths.max()), max((int((part.targets >= 0).sum()) for part in plan.passes), default=0),
                          plan.shared.tokens, plan.tokens)
         parts = [slice(start, start + self.batch) for start in range(0, len(step), self.batch)]
-        padded = [int(lengths[part].max()) * len(lengths[part]) for part in parts]
-        return _Step(max(padded), int(lengths.max()), max(int((lengths[part] - prompts[part]).sum()) for part in parts), 0, sum(padded))
+        filled = [int(lengths[part].max()) * len(lengths[part]) for part in parts]
+        return _Step(max(filled), int(lengths.max()), max(int((lengths[part] - prompts[part]).sum()) for part in parts), 0, sum(filled))
 
 
 def plan_of(rows: "TokenRows", step: list[int], limits: tuple[int | None, int | None], share: bool) -> Plan:

@@ -76,9 +76,10 @@ def naive(model: Any, rows: list[Row]) -> tuple[float, dict[str, torch.Tensor]]:
     return float(total.detach() / max(count, 1)), found
 
 
-def by_hand(model: Any, rows: list[Row], **options: Any) -> tuple[float, dict[str, torch.Tensor], FusedStep]:
-    """The same through the fused step, in passes of two rows unless told otherwise."""
+def by_hand(model: Any, rows: list[Row], tile: int = 0, **options: Any) -> tuple[float, dict[str, torch.Tensor], FusedStep]:
+    """The same through the fused step, in passes of two rows unless told otherwise. tile: other than the compute type's."""
     step = FusedStep(model.get_base_model(), **{"pass_rows": 2, **options})
+    step.tile = tile or step.tile
     model.zero_grad()
     value = step(rows, None)
     value.backward()
@@ -129,6 +130,30 @@ def test_passes_sharing_and_recomputing_change_nothing(options: dict[str, Any]) 
     model = adapt(FAMILIES["llama"]())
     expected = naive(model, ROWS)
     assert_equal(by_hand(model, ROWS, **options)[:2], expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"share": False}, {"recompute": True}, {"pass_rows": 1}], ids=str)
+def test_whole_tiles_change_nothing(options: dict[str, Any]) -> None:
+    """As on a CPU's 16-bit matrix units: what fills a pass up gives nothing, whatever the buffers held before."""
+    model = adapt(FAMILIES["llama"]())
+    expected = naive(model, ROWS)
+    *found, step = by_hand(model, ROWS, tile=32, **options)
+    assert_equal(tuple(found), expected)
+    for buffers in (step.kept, step.shared_kept, step.scratch):
+        for held in buffers.memory.values():
+            held.fill_(float("nan"))
+    gradients = step.run(ROWS, None, backward=True)[1]
+    assert all(bool(gradient.isfinite().all()) for gradient in gradients)
+    for gradient, parameter in zip(gradients, step.parameters):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("on_gpu, item_bytes, tile", [(False, 4, 1), (False, 2, 32), (True, 2, 1)])
+def test_tiles_are_of_a_cpu_s_16_bit_units_alone(on_gpu: bool, item_bytes: int, tile: int) -> None:
+    assert attention.tile_of(on_gpu, item_bytes) == tile
+    for tokens in (1, 33, 640, 1280):
+        filled = attention.padded(tokens, tile)
+        assert filled == tokens if tile == 1 else filled % 64 == 0 and tokens + 31 <= filled < tokens + 95
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -354,10 +379,13 @@ def test_a_plan_holds_every_row_once(shapes: list[tuple[int, int, int, int]], pa
     assert saved >= LEAST_SAVED_TOKENS * len(plan.shared.nodes)
 
 
-def test_blocks_cover_every_query_and_key_it_may_see() -> None:
+@pytest.mark.parametrize("tile", [1, 32])
+def test_blocks_cover_every_query_and_key_it_may_see(tile: int) -> None:
     plan = plan_step(ROWS, 2)
     for part in [plan.shared, *plan.passes]:
-        for node, found in zip(part.nodes, attention.plan_blocks(part), strict=True):
+        for node, found in zip(part.nodes, attention.plan_blocks(part, tile), strict=True):
+            assert all(block.rows % tile == block.seen % tile == 0 and 0 <= block.seen - block.keys < tile for block in found)
+            assert all(0 <= block.rows - (block.end - block.start) < tile and block.end - block.start <= 192 for block in found)
             assert [found[0].start, found[-1].end] == [node.start, node.end]
             assert all(left.end == right.start for left, right in zip(found, found[1:]))
             before = sum(end - start for start, end in node.ancestors)

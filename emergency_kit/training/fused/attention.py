@@ -4,6 +4,8 @@ A node's queries see its ancestors' keys in the shared pass, then its own up to 
 the diagonal of a block of queries, and no token of another row is ever multiplied. Heads that share keys get a
 copy each: as many products as query heads keep all cores busy where as many as key heads do not.
 Probabilities grow with the square of a row's length, so they are made again on the way back instead of being kept.
+On a CPU's 16-bit matrix units products have sides of whole tiles, since oneDNN compiles and keeps a program for every shape that it meets: what a
+product takes beyond a node's end is another token's or padding, is masked or zero, and is never read.
 On a GPU that has it, torch's flash attention takes all rows of a pass in one launch; nothing is shared between rows then.
 """
 
@@ -20,6 +22,8 @@ from emergency_kit.training.fused.tree import Node, Pass
 
 # Queries of one product, about: with fewer, products get small; with more, half of the last one's keys are in vain.
 BLOCK = 128
+# Tokens of a tile on a CPU's 16-bit matrix units.
+TILE = 32
 
 
 @dataclass
@@ -34,21 +38,39 @@ class Keys:
 
 @dataclass(frozen=True)
 class Block:
-    """Queries start to end of a pass, which see the first `keys` of their node's path."""
+    """Queries start to end of a pass, which see the first `keys` of their node's path. rows, seen: how many queries and keys its products take, whole tiles."""
 
     start: int
     end: int
     keys: int
+    rows: int
+    seen: int
 
 
-def plan_blocks(part: Pass) -> list[list[Block]]:
+def tile_of(on_gpu: bool, item_bytes: int) -> int:
+    """Tokens of a tile; 1 where products may have any side."""
+    return TILE if not on_gpu and item_bytes < 4 else 1
+
+
+def padded(tokens: int, tile: int) -> int:
+    """Tokens that a pass is filled up to, so that its products have few shapes and each block of its attention finds whole tiles."""
+    return tokens if tile == 1 else whole(tokens + tile - 1, 2 * tile)
+
+
+def whole(number: int, tile: int) -> int:
+    """The next multiple of a tile."""
+    return -(-number // tile) * tile
+
+
+def plan_blocks(part: Pass, tile: int = 1) -> list[list[Block]]:
     """Blocks of about BLOCK queries of each node of a pass."""
     plan = []
     for node in part.nodes:
         before = sum(end - start for start, end in node.ancestors)
-        count = max(1, round(node.length / BLOCK))
-        edges = [node.length * index // count for index in range(count + 1)]
-        plan.append([Block(node.start + start, node.start + end, before + end) for start, end in zip(edges, edges[1:])])
+        size = whole(-(-node.length // max(1, round(node.length / BLOCK))), tile)
+        edges = [*range(0, node.length, size), node.length]
+        plan.append([Block(node.start + start, node.start + end, before + end, whole(end - start, tile), whole(before + end, tile))
+                     for start, end in zip(edges, edges[1:])])
     return plan
 
 
@@ -56,11 +78,12 @@ def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor
     """Attention of every node into out, (heads, tokens, width), which may be a view."""
     heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
-        keys, values = _path(node, k, above.k if above else k).transpose(1, 2), _path(node, v, above.v if above else v)
+        seen = blocks[-1].seen
+        keys, values = _path(node, k, above.k if above else k, seen).transpose(1, 2), _path(node, v, above.v if above else v, seen)
         for block in blocks:
-            length = block.end - block.start
-            p = _probabilities(q[:, block.start:block.end], keys[:, :, :block.keys], scratch)
-            out[:, block.start:block.end] = torch.bmm(p, values[:, :block.keys], out=scratch("result", heads, length, width))
+            p = _probabilities(q, keys, block, scratch)
+            result = torch.bmm(p, values[:, :block.seen], out=scratch("result", heads, block.rows, width))
+            out[:, block.start:block.end] = result[:, :block.end - block.start]
 
 
 def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, dout: Tensor,
@@ -71,24 +94,27 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
     """
     heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
-        keys, values = _path(node, k, above.k if above else k), _path(node, v, above.v if above else v)
+        seen = blocks[-1].seen
+        keys, values = _path(node, k, above.k if above else k, seen), _path(node, v, above.v if above else v, seen)
         dkeys, dvalues = scratch("dkeys", *keys.shape), scratch("dvalues", *values.shape)
-        values = values.transpose(1, 2)
+        by_width, values = keys.transpose(1, 2), values.transpose(1, 2)
         # The last block sees every key, so it comes first and the others add to it.
         for block in reversed(blocks):
             length = block.end - block.start
-            queries = q[:, block.start:block.end]
-            p = _probabilities(queries, keys[:, :block.keys].transpose(1, 2), scratch)
-            drows = scratch("drows", heads, length, width).copy_(dout[:, block.start:block.end])
-            dp = torch.bmm(drows, values[:, :, :block.keys], out=scratch("dp", *p.shape))
+            queries = q[:, block.start:block.start + block.rows]
+            p = _probabilities(q, by_width, block, scratch)
+            drows = scratch("drows", heads, block.rows, width)
+            drows[:, :length] = dout[:, block.start:block.end]
+            drows[:, length:] = 0
+            dp = torch.bmm(drows, values[:, :, :block.seen], out=scratch("dp", *p.shape))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", *p.shape))
-            dq[:, block.start:block.end] = torch.bmm(ds, keys[:, :block.keys], out=scratch("result", heads, length, width))
+            dq[:, block.start:block.end] = torch.bmm(ds, keys[:, :block.seen], out=scratch("result", heads, block.rows, width))[:, :length]
             if block is blocks[-1]:
                 torch.bmm(p.transpose(1, 2), drows, out=dvalues)
                 torch.bmm(ds.transpose(1, 2), queries, out=dkeys)
             else:
-                dvalues[:, :block.keys] += torch.bmm(p.transpose(1, 2), drows, out=scratch("partial", heads, block.keys, width))
-                dkeys[:, :block.keys] += torch.bmm(ds.transpose(1, 2), queries, out=scratch("partial", heads, block.keys, width))
+                dvalues[:, :block.seen] += torch.bmm(p.transpose(1, 2), drows, out=scratch("partial", heads, block.seen, width))
+                dkeys[:, :block.seen] += torch.bmm(ds.transpose(1, 2), queries, out=scratch("partial", heads, block.seen, width))
         _give_back(node, dkeys, dk, above.dk if above else dk, add)
         _give_back(node, dvalues, dv, above.dv if above else dv, add)
 
@@ -124,16 +150,17 @@ def _edges(part: Pass, device: torch.device) -> tuple[Tensor, int]:
     return part.edges
 
 
-def _probabilities(queries: Tensor, keys: Tensor, scratch: Any) -> Tensor:
-    """Softmax of the scores of queries, (heads, length, width), over keys, (heads, width, seen), whose last are the queries' own."""
-    length = queries.shape[1]
-    p = torch.bmm(queries, keys, out=scratch("p", len(queries), length, keys.shape[2]))
-    p[:, :, keys.shape[2] - length:] += _mask(length, p)
+def _probabilities(q: Tensor, keys: Tensor, block: Block, scratch: Any) -> Tensor:
+    """Softmax of the scores of a block's queries, of q (heads, tokens, width), over what it sees of keys, (heads, width, path), whose last are its own."""
+    p = torch.bmm(q[:, block.start:block.start + block.rows], keys[:, :, :block.seen], out=scratch("p", len(q), block.rows, block.seen))
+    own = block.keys - (block.end - block.start)
+    p[:, :, own:] += _mask(block.rows, block.seen - own, p)
     return torch.softmax(p, -1, out=p)
 
 
-def _path(node: Node, own: Tensor, shared: Tensor) -> Tensor:
-    mine = own[:, node.start:node.end]
+def _path(node: Node, own: Tensor, shared: Tensor, seen: int) -> Tensor:
+    """Keys or values of a node's ancestors and of itself, and what follows it up to `seen` of them."""
+    mine = own[:, node.start:node.start + seen - sum(end - start for start, end in node.ancestors)]
     return torch.cat([shared[:, start:end] for start, end in node.ancestors] + [mine], 1) if node.ancestors else mine
 
 
@@ -144,9 +171,9 @@ def _give_back(node: Node, gradient: Tensor, own: Tensor, shared: Tensor, add: b
         place += end - start
     mine = own[:, node.start:node.end]
     if add:
-        mine += gradient[:, place:]
+        mine += gradient[:, place:place + node.length]
     else:
-        mine.copy_(gradient[:, place:])
+        mine.copy_(gradient[:, place:place + node.length])
 
 
 @functools.cache
@@ -154,6 +181,6 @@ def _whole_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.full((2 * BLOCK, 2 * BLOCK), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
-def _mask(length: int, like: Tensor) -> Tensor:
-    """(length, length): 0 where a query may look, -inf where not."""
-    return _whole_mask(like.dtype, like.device)[:length, :length]
+def _mask(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows, columns): 0 where a query may look, -inf where not."""
+    return _whole_mask(like.dtype, like.device)[:rows, :columns]

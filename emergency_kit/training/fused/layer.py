@@ -121,6 +121,7 @@ class Layer:
             saved.flash = attention.forward_flash(part, saved.q, saved.k, saved.v, attended)
         else:
             attention.forward(part, plan, saved.q, saved.k, saved.v, above, attended, scratch)
+            attended[:, part.tokens:] = 0
         saved.middle = kept(slot + "middle", tokens, self.o.outputs)
         self.o.forward(saved.attended, saved.read["o"], saved.middle, scratch, residual=x)
         h = self._normed(saved.middle, self.norm2, "r2", saved, self.gate_up, scratch, kept, slot)
@@ -149,6 +150,8 @@ class Layer:
             attention.backward_flash(part, saved.q, saved.k, saved.v, self._by_head(saved.attended[:, :self.o.inputs]), saved.flash, self._by_head(da), dq, dk, dv)
         else:
             attention.backward(part, plan, saved.q, saved.k, saved.v, above, self._by_head(da), dq, dk, dv, own is not None, scratch)
+            for gradient in (dq, dk, dv):
+                gradient[:, part.tokens:] = 0
         self.backward_keys(saved, dq, dk, dv, rotation, scratch, dx, need_input)
 
     def backward_keys(self, saved: Saved, dq: Tensor | None, dk: Tensor, dv: Tensor, rotation: Rotation, scratch: Buffers,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training.fused.attention import Keys, plan_blocks
+from emergency_kit.training.fused.attention import Keys, padded, plan_blocks, tile_of
 from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
@@ -23,8 +23,8 @@ from emergency_kit.training.fused.tree import Pass, Plan, Row, plan_step
 
 # Rows of logits made at once: a vocabulary of 49,152 in float32 is 50 MB for as many.
 HEAD_ROWS = 256
-# On a CPU a pass of more bytes of a hidden value is no faster, and what it keeps for the way back is larger: 640 tokens in float32, 1,280 in bfloat16.
-CPU_PASS_BYTES = 640 * 4
+# By bytes of a value: on a CPU a pass of more tokens is no faster, and what it keeps for the way back is larger.
+CPU_PASS_TOKENS = {4: 640, 2: 960}
 
 
 def pass_limits(pass_rows: int, row_tokens: int, on_gpu: bool, item_bytes: int) -> tuple[int | None, int | None]:
@@ -33,7 +33,7 @@ def pass_limits(pass_rows: int, row_tokens: int, on_gpu: bool, item_bytes: int) 
     A pass of one row is one everywhere but on a GPU, where the place of a longest row may hold several."""
     if on_gpu:
         return (None, pass_rows * row_tokens) if row_tokens else (pass_rows, None)
-    most = CPU_PASS_BYTES // item_bytes
+    most = CPU_PASS_TOKENS[item_bytes]
     return (None, min(pass_rows * row_tokens, most)) if row_tokens and pass_rows > 1 else (pass_rows, most)
 
 
@@ -55,7 +55,7 @@ class FusedStep:
         if causal_lm.device.type == "cpu":
             _unmap(causal_lm)
         self.dtype, self.device, self.scale = self.head.weight.dtype, self.head.weight.device, width ** -0.5
-        self.flash = self.layers[0].flash
+        self.flash, self.tile = self.layers[0].flash, tile_of(self.device.type == "cuda", self.dtype.itemsize)
         self.pass_rows, self.row_tokens, self.share = pass_rows, row_tokens, share and not self.flash
         self.kept_layers, self.neftune_alpha = 0 if recompute else len(self.layers), neftune_alpha
         self.scratch, self.kept, self.shared_kept = (Buffers(self.dtype, self.device) for _ in range(3))
@@ -120,7 +120,7 @@ class FusedStep:
         dropping = [one for one in self.linears if one.dropout and one.ranks]
         if not dropping:
             return None
-        longest = max(part.tokens for part in [plan.shared, *plan.passes])
+        longest = max(padded(part.tokens, self.tile) for part in [plan.shared, *plan.passes])
         return Masks(longest, max(one.inputs for one in dropping), dropping[0].dropout, self.dtype, self.device)
 
     def _forward_shared(self, tokens: "_Tokens", masks: Masks | None, backward: bool) -> tuple[list[Saved], list[Keys]]:
@@ -198,11 +198,13 @@ class FusedStep:
 
 
 class _Tokens:
-    """A pass on the device: x (tokens, width) embeddings, rotation of its positions, blocks of its attention."""
+    """A pass on the device: x (tokens, width) embeddings, rotation of its positions, blocks of its attention. Tokens beyond the nodes fill it up to whole tiles;
+    nothing sees them, and their gradients are zero."""
 
     def __init__(self, step: FusedStep, part: Pass, neftune_alpha: float = 0.0):
-        self.part, self.blocks = part, plan_blocks(part)
-        ids, positions = (torch.from_numpy(values).to(step.device)[None] for values in (part.ids, part.positions))
+        self.part, self.blocks = part, plan_blocks(part, step.tile)
+        more = (0, padded(part.tokens, step.tile) - part.tokens)
+        ids, positions = (torch.from_numpy(np.pad(values, more)).to(step.device)[None] for values in (part.ids, part.positions))
         self.x = step.body.embed_tokens(ids)[0].to(step.dtype)
         if neftune_alpha:
             for node in part.nodes:
