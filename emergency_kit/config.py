@@ -114,7 +114,7 @@ class EvaluationConfig(Section):
     max_samples: Optional[int] = Field(default=100, ge=1)
     """Most test records that are answered; all when empty."""
     batch_size: int = Field(default=8, ge=1)
-    """Prompts generated together: rows of a batch in PyTorch, slots in llama.cpp, requests at once to an endpoint."""
+    """Prompts generated together: rows of a batch in PyTorch, slots in llama.cpp (16 at most), requests at once to an endpoint."""
     max_new_tokens: int = Field(default=768, ge=1)
     """Longest answer; one that is cut off here counts as not ended."""
     compare_base: bool = True
@@ -123,7 +123,7 @@ class EvaluationConfig(Section):
     """Most records that the base model answers, drawn like the others; all when empty. It seldom ends by itself, so it is slow."""
     engine: Literal["auto", "llama.cpp", "torch"] = "auto"
     """What runs a folder. `llama.cpp` runs a GGUF file made for the purpose, kept under `<output_dir>/cache`; `auto` takes it on a CPU
-    where the model's architecture can be exported, else `torch`, and says which."""
+    whose 16-bit products are not the faster ones and where the model's architecture can be exported, else `torch`, and says which."""
     file_type: str = "f16"
     """GGUF type of the file made for the purpose; `f16` must choose the same tokens as PyTorch, narrower types are quicker."""
     samples: int = Field(default=0, ge=0, le=20)

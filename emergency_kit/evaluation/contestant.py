@@ -27,8 +27,10 @@ from emergency_kit.model import backend
 from emergency_kit.model.process_memory import cores
 from emergency_kit.training import ranks
 
+# Slots of llama.cpp: each has its own context in memory, and more are hardly faster.
+MOST_SLOTS = 16
 # What decides an answer beside the files: raise it when the prompt's rendering or the engines' arithmetic change.
-ANSWERS_VERSION = 1
+ANSWERS_VERSION = 2
 Report = Callable[[float, int], None]
 
 
@@ -165,7 +167,8 @@ def _pick_engine(resolved: Resolved) -> tuple[str, str]:
     settings = resolved.config.evaluation
     if settings.engine != "auto":
         return settings.engine, settings.file_type
-    if backend.pick_device(resolved.config.model) != "cpu":
+    device = backend.pick_device(resolved.config.model)
+    if device != "cpu" or str(backend.pick_dtype(resolved.config.model, device)) == "torch.bfloat16":
         return "torch", ""
     from emergency_kit.errors import ExportError
     from emergency_kit.export import architecture
@@ -187,7 +190,7 @@ class LlamaAsker:
         from emergency_kit.inference.llama_engine import LlamaEngine
 
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun sets OMP_NUM_THREADS to 1, which the engine would take
-        self.engine = LlamaEngine(path, slots, **({"threads": max(1, cores() // beside)} if beside > 1 else {}))
+        self.engine = LlamaEngine(path, min(MOST_SLOTS, slots), **({"threads": max(1, cores() // beside)} if beside > 1 else {}))
         self.description = self.engine.description
 
     def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,

@@ -12,10 +12,11 @@ import threading
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache
 
 from emergency_kit.data.tokenize import encode_prompt, end_of_turn
 from emergency_kit.inference.engines import Generated, Messages, Progress, State, Stream, check_length, repeats_itself
+from emergency_kit.inference import roomy
 from emergency_kit.inference.grammar import Constraint, build_tokenizer
 from emergency_kit.model.backend import Loaded
 
@@ -29,6 +30,7 @@ class Engine:
     def __init__(self, loaded: Loaded):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.description = ", ".join([loaded.kind, *loaded.notes])
+        self._roomy = loaded.kind != "training" and roomy.use(self.model)
         config = self.model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         listed = getattr(self.model.generation_config, "eos_token_id", None)
@@ -123,15 +125,16 @@ class Engine:
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config.get_text_config())
         random = [torch.Generator(device) for _ in prompts] if temperature else []
         for row, generator in enumerate(random):
             generator.manual_seed(seeds[row]) if seeds else generator.seed()
         constraints = [self._constrain(grammar) for _ in prompts] if grammar else []
         slots = list(range(len(prompts)))  # which row stands in each line of the tensors
         open_rows = set(slots)
-        for _ in range(max_new_tokens):
-            logits = self._step(ids, mask, positions, cache)
+        logits, cache = self._read(ids, mask, positions)
+        for number in range(max_new_tokens):
+            if number:
+                logits = self._step(ids, mask, positions, cache)
             next_ids = _choose(logits, temperature, [random[row] for row in slots] if random else [])
             for line, row in enumerate(slots if grammar else ()):
                 if row in open_rows:
@@ -150,8 +153,16 @@ class Engine:
                 ids, positions, mask = ids[kept], positions[kept], mask[kept]
                 slots = [row for row in slots if row in open_rows]
 
+    def _read(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Cache]:
+        """Logits after the prompts, and the cache; on a CPU a few rows at a time."""
+        size = max(1, roomy.PROMPT_TOKENS // ids.shape[1]) if self._roomy else len(ids)
+        parts = [slice(start, start + size) for start in range(0, len(ids), size)]
+        caches = [roomy.new_cache(self.model, self._roomy) for _ in parts]
+        logits = [self._step(ids[part], mask[part], positions[part], cache) for part, cache in zip(parts, caches)]
+        return torch.cat(logits), roomy.join(caches)
+
     @torch.inference_mode()
-    def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+    def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Float32 logits [rows, vocabulary] after ids [rows, new tokens]; mask [rows, all tokens]."""
         return self.model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                           use_cache=True, logits_to_keep=1).logits[:, -1].float()
