@@ -94,8 +94,8 @@ class TrainingConfig(Section):
     learning_rate: float = Field(default=2e-4, gt=0, lt=1)
     """Peak learning rate."""
     per_device_train_batch_size: Union[int, Literal["auto"]] = Field(default=2)
-    """Rows in one forward pass on one device. `auto` takes the most that fit into memory, tried on the longest rows; a step then has as
-    many rows as with 2. Alias: `batch_size`."""
+    """Rows in one forward pass on one device; the `fused` engine fills the place of so many longest rows with as many as it holds, which changes
+    no gradient. `auto` takes the most that fit into memory, tried on the longest rows; a step then has as many rows as with 2. Alias: `batch_size`."""
     gradient_accumulation_steps: int = Field(default=4, ge=1)
     """Forward passes in one optimizer step. Alias: `gradient_accumulation`."""
     keep_effective_batch: bool = False

@@ -15,8 +15,8 @@ import torch
 from transformers import Cache
 
 from emergency_kit.data.tokenize import encode_prompt, end_of_turn
+from emergency_kit.inference import kv_cache
 from emergency_kit.inference.engines import Generated, Messages, Progress, State, Stream, check_length, repeats_itself
-from emergency_kit.inference import roomy
 from emergency_kit.inference.grammar import Constraint, build_tokenizer
 from emergency_kit.model.backend import Loaded
 
@@ -30,7 +30,7 @@ class Engine:
     def __init__(self, loaded: Loaded):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
         self.description = ", ".join([loaded.kind, *loaded.notes])
-        self._roomy = loaded.kind != "training" and roomy.use(self.model)
+        self._preallocated = loaded.kind != "training" and kv_cache.use(self.model)
         config = self.model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         listed = getattr(self.model.generation_config, "eos_token_id", None)
@@ -155,11 +155,11 @@ class Engine:
 
     def _read(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, Cache]:
         """Logits after the prompts, and the cache; on a CPU a few rows at a time."""
-        size = max(1, roomy.PROMPT_TOKENS // ids.shape[1]) if self._roomy else len(ids)
+        size = max(1, kv_cache.PROMPT_TOKENS // ids.shape[1]) if self._preallocated else len(ids)
         parts = [slice(start, start + size) for start in range(0, len(ids), size)]
-        caches = [roomy.new_cache(self.model, self._roomy) for _ in parts]
+        caches = [kv_cache.new_cache(self.model, self._preallocated) for _ in parts]
         logits = [self._step(ids[part], mask[part], positions[part], cache) for part, cache in zip(parts, caches)]
-        return torch.cat(logits), roomy.join(caches)
+        return torch.cat(logits), kv_cache.join(caches)
 
     @torch.inference_mode()
     def _step(self, ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache) -> torch.Tensor:

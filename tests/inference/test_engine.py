@@ -8,7 +8,7 @@ from transformers import DynamicCache
 from emergency_kit.data.format import build_messages
 from emergency_kit.data.template import render_prompt
 from emergency_kit.errors import ModelError
-from emergency_kit.inference import roomy
+from emergency_kit.inference import kv_cache
 from emergency_kit.inference.engine import Engine
 from emergency_kit.model import backend
 from tests.tiny import resolve, save_tiny_model
@@ -39,10 +39,10 @@ def ends_at(folder, tmp_path, token):
 @pytest.mark.parametrize("room", [16, 256])
 def test_batched_greedy_equals_one_by_one_and_the_library(engine, folder, batch, room, monkeypatch):
     """transformers' own generate, attention and cache are the reference; room: of 16 tokens, so that the engine's cache grows on the way, and prompts one by one."""
-    monkeypatch.setattr(roomy, "ROOM", room)
-    monkeypatch.setattr(roomy, "PROMPT_TOKENS", 8 * room)
+    monkeypatch.setattr(kv_cache, "ROOM", room)
+    monkeypatch.setattr(kv_cache, "PROMPT_TOKENS", 8 * room)
     library = backend.load_checkpoint(resolve(folder).config.model, folder).model
-    assert (library.config._attn_implementation, engine.model.config._attn_implementation) == ("eager", roomy.NAME)
+    assert (library.config._attn_implementation, engine.model.config._attn_implementation) == ("eager", kv_cache.NAME)
     prompts = [engine.encode(messages) for messages in batch]
     assert len({len(prompt) for prompt in prompts}) == len(prompts), "different lengths, so that rows are padded"
     together = engine.generate(batch, NEW, batch_size=3)
@@ -58,12 +58,12 @@ def test_batched_greedy_equals_one_by_one_and_the_library(engine, folder, batch,
 def test_logits_are_those_of_transformers_own_attention_and_cache(engine, folder, batch):
     library = backend.load_checkpoint(resolve(folder).config.model, folder).model
     ids = torch.tensor([engine.encode(batch[1])])
-    caches = [DynamicCache(config=library.config), roomy.new_cache(engine.model, True)]
+    caches = [DynamicCache(config=library.config), kv_cache.new_cache(engine.model, True)]
     for start, end in ((0, ids.shape[1] - 70), (ids.shape[1] - 70, ids.shape[1] - 1), (ids.shape[1] - 1, ids.shape[1])):
         theirs, ours = (engine._step.__wrapped__(SimpleNamespace(model=model), ids[:, start:end], torch.ones(1, end), torch.arange(start, end)[None], cache).detach()
                         for model, cache in zip((library, engine.model), caches))
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-    assert caches[1].get_seq_length() == ids.shape[1] and caches[1].layers[0].keys.shape[2] % roomy.ROOM == 0
+    assert caches[1].get_seq_length() == ids.shape[1] and caches[1].layers[0].keys.shape[2] % kv_cache.ROOM == 0
 
 
 def test_rows_that_end_leave_the_batch_and_the_others_stay_as_they_were(engine, folder, batch, tmp_path):

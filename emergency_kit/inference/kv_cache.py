@@ -1,4 +1,4 @@
-"""What decoding on a CPU needs beside the model: keys that stay where they are, and attention that copies none of them.
+"""The cache of keys and values of decoding on a CPU, preallocated, and attention that copies nothing of it.
 
 In: queries, keys and values of transformers' modules. Out: the same numbers as its own eager attention and `DynamicCache`, which copy the whole
 cache at every token, and once more for every query head that shares a key head. Lengths grow by ROOM, since oneDNN compiles and keeps a program for every shape of a
@@ -24,7 +24,7 @@ BLOCK = 128
 PROMPT_TOKENS = 2048
 
 
-class RoomyLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):
     """keys, values: (rows, key heads, room, width), of which `length` tokens are filled and the others zero."""
 
     def __init__(self) -> None:
@@ -51,10 +51,10 @@ class RoomyLayer(DynamicLayer):
         return max(_whole(self.length + query_length), self.keys.shape[2] if self.length else 0), 0
 
     def _with_room(self, held: Tensor, new: Tensor, end: int) -> Tensor:
-        roomy = new.new_zeros(*new.shape[:2], _whole(end), new.shape[-1])
+        larger = new.new_zeros(*new.shape[:2], _whole(end), new.shape[-1])
         if self.length:
-            roomy[:, :, :self.length] = held[:, :, :self.length]
-        return roomy
+            larger[:, :, :self.length] = held[:, :, :self.length]
+        return larger
 
 
 def attend(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, dropout: float = 0.0, **_: Any) -> tuple[Tensor, None]:
@@ -85,16 +85,16 @@ def use(model: Any) -> bool:
     return True
 
 
-def new_cache(model: Any, roomy: bool) -> Cache:
+def new_cache(model: Any, preallocated: bool) -> Cache:
     """An empty cache for a batch."""
     cache = _cache(model)
-    if roomy:
-        cache.layers = [RoomyLayer() for _ in cache.layers]
+    if preallocated:
+        cache.layers = [PreallocatedLayer() for _ in cache.layers]
     return cache
 
 
 def join(caches: list[Cache]) -> Cache:
-    """One cache of the rows of several, whose layers are roomy and of the same length; the others are spent."""
+    """One cache of the rows of several, whose layers are preallocated and of the same length; the others are spent."""
     first, *others = caches
     for number, layer in enumerate(first.layers if others else ()):
         parts = [cache.layers[number] for cache in caches]
