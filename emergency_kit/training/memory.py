@@ -71,6 +71,10 @@ def adapter_parameters(shape: Shape, lora: LoraSection) -> int:
     return shape.layers * lora.r * sum(sum(shape.linears[name]) for name in targets(shape, lora))
 
 
+# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 1,024; the default run ended 1.16 GB over its other terms (benchmarks/RESULTS.md).
+ONEDNN_BYTES = 1.1e9
+
+
 def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload, process_bytes: int) -> dict[str, dict[str, float]]:
     """`{phase: {term: bytes}}` of loading, training and evaluating. process_bytes: what the process holds with all libraries and no model."""
     full, lora = resolved.config.training.finetuning_type == "full", resolved.config.lora
@@ -85,6 +89,8 @@ def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload,
         # Stacked gradients as wide as their modules, one copy on their way to the parameters, the stacked A and the weights' adapter columns.
         stacks = shape.layers * sum(ranks(shape, lora)[group] * (_inputs(shape, group) + _outputs(shape, group)) for group in GROUPS)
         learned |= {"adapters' gradients": 2.0 * trained + stacks * FLOAT, "stacked adapters": float(stacks * setting.compute_bytes)}
+        if setting.compute_bytes < FLOAT and not setting.on_gpu:
+            learned["oneDNN's compiled products, in time"] = ONEDNN_BYTES
         logits = float(fused_logits_bytes(shape, setting, work))
         training = {"activations": kept, "working memory": spent - logits, "logits": logits}
         evaluating = training  # the same buffers stay

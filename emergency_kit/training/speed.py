@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from emergency_kit.data.tokenize import TokenRows
 
 # By kind of device: tries, and layers of the larger model; a GPU's layer is short beside what a launch varies.
-TRIES, MORE_LAYERS = {"cpu": 2, "cuda": 4}, {"cpu": 2, "cuda": 4}
+TRIES, MORE_LAYERS = {"cpu": 2, "cuda": 4}, {"cpu": 4, "cuda": 4}
 
 
 def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer: Any, layers: int, fused: bool, kept_layers: int = 0) -> tuple[float, float]:
