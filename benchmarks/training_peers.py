@@ -182,7 +182,8 @@ def main(name: str, file: str, folder: str, steps: int, dropout: float) -> None:
     say(ready=True)
     trainer.train()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    extra = {"model_seconds": trainer.facts.counters.step_seconds, "tokens_computed": trainer.facts.counters.tokens_computed, "tokens": trainer.facts.counters.tokens_seen} if ours else {}
+    done = trainer.facts.counters if ours else None
+    extra = {"model_seconds": done.step_seconds, "tokens_computed": done.tokens_computed, "tokens": done.tokens_seen} if done else {}
     say(peak_bytes=peak, validation_loss=validation_loss(trainer.model, rows["validation"]) if rows["validation"] else None, **extra)
 
 

@@ -17,6 +17,8 @@ from emergency_kit.model.shape import Shape
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 FLOAT = 4
+# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 1,024; the default run ended 1.16 GB over its other terms (benchmarks/RESULTS.md).
+ONEDNN_BYTES = 1.1e9
 # A CUDA context with cuBLAS; an assumption, cards differ between 0.3 and 0.7 GB.
 CUDA_CONTEXT_BYTES = 500_000_000
 # Share of the rest that torch's caching allocator, or malloc, holds in vain; an assumption on a GPU, measured on a CPU (make bench-plan).
@@ -69,10 +71,6 @@ def targets(shape: Shape, lora: LoraSection) -> list[str]:
 def adapter_parameters(shape: Shape, lora: LoraSection) -> int:
     """Trained numbers: A (r, inputs) and B (outputs, r) of every target in every layer."""
     return shape.layers * lora.r * sum(sum(shape.linears[name]) for name in targets(shape, lora))
-
-
-# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 1,024; the default run ended 1.16 GB over its other terms (benchmarks/RESULTS.md).
-ONEDNN_BYTES = 1.1e9
 
 
 def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload, process_bytes: int) -> dict[str, dict[str, float]]:
