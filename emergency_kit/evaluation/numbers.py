@@ -3,11 +3,12 @@
 In: an answer's text and knowledge cards. Out: one `NumberFinding` a number that stands in ANALYSIS, GUIDANCE or
 unsectioned text, and which emergency number is named. A number is faithful when it lies within the tolerance that a
 card states for its unit, after conversion (inches, feet, °F ...). Limits: a right value with the wrong meaning
-("5 minutes" for another step of the same card) is not seen; list marks are not numbers.
+("5 minutes" for another step of the same card) is not seen; list marks, dates and addresses are not numbers.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Sequence
 
@@ -29,6 +30,8 @@ _CARD_UNITS = {"minutes": ("minutes", 1), "hours": ("minutes", 60), "days": ("mi
                "kg": ("mg", 1_000_000), "g": ("mg", 1000), "mg": ("mg", 1), "ml": ("ml", 1), "litres": ("ml", 1000)}
 ROUNDING = 0.1
 """Share by which a converted value may miss its tolerance: 5 cm is "2 inches"."""
+_GROUPED = re.compile(r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d+)?")
+_GROUPED_BY_POINTS = re.compile(r"[1-9]\d{0,2}(?:(?:\.\d{3}){2,}(?:,\d+)?|\.\d{3},\d+)")
 _DIAL = tuple(compile_pattern(text) for text in ("<call>", "&number emergency"))
 _GENERIC = tuple(compile_pattern(text) for text in ("emergency_number|emergency_services|emergency_service|emergency_line|ambulance", "<fire_service>", "<police>"))
 
@@ -54,11 +57,21 @@ def check_numbers(reading: Reading, cards: Sequence[Card]) -> tuple[NumberFindin
             continue
         calls = any(token.stem in _call_stems() for token in item.sentence.tokens)
         for place, token in enumerate(item.sentence.tokens):
-            if not token.low[0].isdigit() or (calls and token.low in dialled) or (place and item.sentence.tokens[place - 1].low in ("step", "steps")):
+            if not token.low[0].isdecimal() or (calls and token.low in dialled) or (place and item.sentence.tokens[place - 1].low in ("step", "steps")):
                 continue
-            value = float(token.low.replace(",", "") if token.low.count(",") and len(token.low.split(",")[-1]) == 3 else token.low.replace(",", "."))
-            found.append(_judge(value, _unit_after(item.sentence, place), known, (token.start, token.end)))
+            value = _quantity(token.low)
+            if value is not None:
+                found.append(_judge(value, _unit_after(item.sentence, place), known, (token.start, token.end)))
     return tuple(found)
+
+
+def _quantity(text: str) -> float | None:
+    """The value of a number as written: "1,200.5", "1.200,5", "0,5", "0.5"; None for what is no quantity: dates, versions, addresses ("1.2.2024")."""
+    if _GROUPED.fullmatch(text):
+        return float(text.replace(",", ""))
+    if _GROUPED_BY_POINTS.fullmatch(text):
+        return float(text.replace(".", "").replace(",", "."))
+    return float(text.replace(",", ".")) if len(re.split("[.,]", text)) <= 2 else None
 
 
 def _card_range(unit: str, tolerance: tuple[float, float]) -> tuple[str, float, float]:
@@ -77,7 +90,7 @@ def _unit_after(sentence: Sentence, place: int) -> tuple[str, float, float]:
             if any(low in ("per", "a", "every", "each", "/") and lows[step + 1:step + 2] in (["minute"], ["min"]) for step, low in enumerate(lows)):
                 return "per minute", 1, 0
             return _UNITS[token.stem]
-        if not (token.low[0].isdigit() or token.low in ("to", "or", "and", "-", "–", "more", "quick", "firm", "sharp", "rescue", "back", "chest", "abdominal", "gentle", "per", "a")):
+        if not (token.low[0].isdecimal() or token.low in ("to", "or", "and", "-", "–", "more", "quick", "firm", "sharp", "rescue", "back", "chest", "abdominal", "gentle", "per", "a")):
             break
     return "", 1, 0
 

@@ -179,7 +179,7 @@ class Chat:
             _print(explain(asked.guarded, words, self.engine.description))
         elif command == "/add" and rest:
             self.answer(f"{asked.scenario} {rest}")
-        elif command.isdigit() and 1 <= int(command) <= len(choices):
+        elif command.isdecimal() and 1 <= int(command) <= len(choices):
             self.answer(asked.scenario, choices[int(command) - 1][0])
         elif command == "/card" and (found := [card_id for card_id, card in self.cards.items() if rest.lower() in (card_id, card.name.lower())]):
             self.answer(asked.scenario, found[0])
@@ -214,7 +214,7 @@ def _hold_session(chat: Chat) -> None:
         if not line.strip():
             continue
         try:
-            if line.strip().startswith("/") or line.strip().isdigit() and chat.asked.guarded and chat.asked.guarded.choices:
+            if line.strip().startswith("/") or line.strip().isdecimal() and chat.asked.guarded and chat.asked.guarded.choices:
                 chat.obey(line)
             else:
                 chat.answer(line)

@@ -233,7 +233,7 @@ def _start(path: Path, slots: int, context_tokens: int, threads: int) -> tuple[A
 def _count_cores() -> int:
     """Cores this process may use; OMP_NUM_THREADS, where set, says how many it shall."""
     wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdigit() and int(wanted):
+    if wanted.isdecimal() and int(wanted):
         return int(wanted)
     return cores()
 

@@ -18,7 +18,7 @@ from emergency_kit.model.process_memory import cores
 
 def main(arguments: list[str]) -> int:
     """Start the processes and wait for them; the exit code."""
-    number = int(arguments[0]) if arguments and arguments[0].isdigit() else 0
+    number = int(arguments[0]) if arguments and arguments[0].isdecimal() else 0
     if number < 1:
         print(f"error: NPROC: got {arguments[0] if arguments else 'nothing'!r}; expected a number of processes, for instance make train NPROC=2", file=sys.stderr)
         return UsageError.exit_code

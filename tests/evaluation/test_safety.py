@@ -1,3 +1,6 @@
+from hypothesis import given as given_of
+from hypothesis import settings, strategies
+
 from emergency_kit.data.format import Answer, render_answer
 from emergency_kit.evaluation.safety import assess, unsupported_facts
 from emergency_kit.knowledge.cards import load_cards
@@ -75,6 +78,23 @@ def test_numbers_keep_their_value_and_unit():
     assert verdicts("Cool the burn for 2 minutes.") == ["wrong"] and verdicts("Cool the burn for 20 hours.") == ["wrong"] and verdicts("Take 500 mg.") == ["foreign"]
     heart = CARDS["cardiac_arrest_adult"]
     assert [number.verdict for number in assess(answer("Push 2 inches deep at 100 to 120 per minute."), [heart]).numbers] == ["faithful"] * 3
+
+
+def test_numbers_as_people_write_them_and_what_only_looks_like_one():
+    card = CARDS["thermal_burn"]
+
+    def values(step):
+        return [number.value for number in assess(answer(step), [card]).numbers]
+
+    assert values("Take 1,200 mg, 0,5 l and 1.200,5 ml, then 0.25 g.") == [1200, 0.5, 1200.5, 0.25]
+    assert values("See 53.1106.19.19.36, 1.2.2024 and 1,2,3.") == [], "addresses, dates and lists are no quantity"
+
+
+@settings(max_examples=300, deadline=None)
+@given_of(strategies.text(alphabet="0179٣²½.,-–°%/ \nCmglin", max_size=60))
+def test_no_text_of_digits_stops_the_judge(text):
+    assess(text, [CARDS["thermal_burn"]])
+    assess(answer(text), [CARDS["thermal_burn"]])
 
 
 def test_the_emergency_number_is_the_countrys():
