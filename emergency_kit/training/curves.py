@@ -65,7 +65,9 @@ class Chart:
         """Round values at the left, lowest first, that hold every point between them."""
         seen = [value for line in self.lines.values() for _, value in line]
         low, high = min(seen), max(seen)
-        span = high - low or abs(high) or 1.0
+        largest = max(abs(low), abs(high))
+        # What differs by rounding alone is flat: a step between such values would be lost beside them.
+        span = high - low if high - low > max(1e-9 * largest, 1e-30) else largest if largest > 1e-30 else 1.0
         unit = 10.0 ** math.floor(math.log10(span / 4))
         step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 5)
         first, last = math.floor(low / step), math.ceil(high / step)

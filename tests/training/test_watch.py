@@ -18,6 +18,7 @@ from typing import Any, Iterator
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 from safetensors.torch import load_file, save_file
 
 from emergency_kit.config import Resolved, load_config
@@ -247,3 +248,14 @@ def test_curves_of_odd_histories() -> None:
     assert len(chart.lines["loss"]) <= curves.POINTS + 1 and chart.lines["loss"][-1][0] == 20_000 and "nan" not in curves.draw_svg(chart)
     smoothed = curves.Smoothed()
     assert [smoothed.add(value) for value in (3.0, 3.0, 3.0)] == pytest.approx([3.0, 3.0, 3.0])
+
+
+@settings(max_examples=300, deadline=None)
+@given(strategies.lists(strategies.floats(-1e29, 1e29), min_size=1, max_size=4), strategies.sampled_from([0.0, 1e-16, 1e-12, 1e-3]))
+def test_curves_of_any_values_stay_within_their_figure(values: list[float], apart: float) -> None:
+    """Also of values that differ by rounding alone, as the first loss and its smoothed course may."""
+    history = [{"step": step, "loss": value, "eval_loss": value * (1 + apart)} for step, value in enumerate(values, 1)]
+    chart, = curves.build_charts(history)
+    for x, y in (chart.place(point) for line in chart.lines.values() for point in line):
+        assert curves.LEFT - 1 <= x <= curves.WIDTH - curves.RIGHT + 1 and curves.TOP - 1 <= y <= curves.HEIGHT - curves.BOTTOM + 1
+    assert "nan" not in curves.draw_svg(chart)
