@@ -116,7 +116,7 @@ def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fu
     rows = step_rows(training)
     batch, accumulation = (rows, 1) if fused else (pass_rows, rows // pass_rows)
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder), num_train_epochs=training.num_epochs, max_steps=training.max_steps or -1,
             learning_rate=training.learning_rate, per_device_train_batch_size=batch,
             per_device_eval_batch_size=training.per_device_eval_batch_size, gradient_accumulation_steps=accumulation,
@@ -135,3 +135,6 @@ def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fu
             accelerator_config={"use_configured_state": world() > 1})
     except (ValueError, ImportError) as error:
         raise TrainingError(f"training settings: {str(error).splitlines()[0]}") from None
+    # Of several GPUs a process takes one: transformers would wrap the model in DataParallel, whose step is another one, so more GPUs are more processes.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

@@ -36,7 +36,7 @@ def fit_pass(loaded: "Loaded", training: TrainingConfig, fused: "FusedStep | Non
         taken = longest(rows, all_rows if fused else count)
         if fused:
             fused.pass_rows = count
-        batch = collate_pairs([{"pair": pair, "reference": [0.0, 0.0]} for pair in taken], lambda part: collate(part, pad)) if pairs else collate(taken, pad)
+        batch = collate_pairs([{"pair": pair, "reference": [0.0, 0.0]} for pair in taken], lambda part: collate(part, pad), training.dpo_compare) if pairs else collate(taken, pad)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = model(**{name: value.to(device) for name, value in batch.items()})["loss"]
         loss.backward()

@@ -3,7 +3,7 @@
 In: tokens seen so far. Out: `tokens_per_second` since the last reading, `memory_gb` of this process (on a GPU what torch holds there),
 and through NVML (nvidia-ml-py, of the GPU extra) `gpu_utilisation_percent`, `gpu_memory_gb`, `gpu_temperature_celsius` and `gpu_power_watts`.
 Limits: the first GPU that CUDA shows this process; a reading that the driver refuses is left out, and without a GPU, the package or its
-driver there is none and nothing is said. Not run on a GPU yet.
+driver there is none and nothing is said.
 """
 
 from __future__ import annotations

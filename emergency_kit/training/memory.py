@@ -17,8 +17,9 @@ from emergency_kit.model.shape import Shape
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 FLOAT = 4
-# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 1,024; the default run ended 1.16 GB over its other terms (benchmarks/RESULTS.md).
-ONEDNN_BYTES = 1.1e9
+# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 1,024, of 1.2 MB each; `fused` has so many of them for every size of a
+# pass and for every block of its attention (measured, benchmarks/RESULTS.md).
+ONEDNN_KEPT, ONEDNN_BYTES, SIZE_PRODUCTS, BLOCK_PRODUCTS = 1024, 1.2e6, 20, 3
 # A CUDA context with cuBLAS; an assumption, cards differ between 0.3 and 0.7 GB.
 CUDA_CONTEXT_BYTES = 500_000_000
 # Share of the rest that torch's caching allocator, or malloc, holds in vain; an assumption on a GPU, measured on a CPU (make bench-plan).
@@ -32,7 +33,8 @@ HEAD_ROWS, BLOCK = 256, 128
 @dataclass(frozen=True)
 class Workload:
     """Tokens of the largest pass. tokens: all of them, padding included where there is any; longest: of its longest row;
-    supervised: tokens with a label; shared: of the beginnings that `fused` computes once; eval_*: of the largest validation batch."""
+    supervised: tokens with a label; shared: of the beginnings that `fused` computes once; eval_*: of the largest validation batch. sizes, blocks: how many
+    different ones the run's passes and their attention have, where oneDNN compiles products for each."""
 
     tokens: int
     longest: int
@@ -41,6 +43,8 @@ class Workload:
     eval_tokens: int
     eval_longest: int
     eval_supervised: int
+    sizes: int = 0
+    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -87,8 +91,8 @@ def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload,
         # Stacked gradients as wide as their modules, one copy on their way to the parameters, the stacked A and the weights' adapter columns.
         stacks = shape.layers * sum(ranks(shape, lora)[group] * (_inputs(shape, group) + _outputs(shape, group)) for group in GROUPS)
         learned |= {"adapters' gradients": 2.0 * trained + stacks * FLOAT, "stacked adapters": float(stacks * setting.compute_bytes)}
-        if setting.compute_bytes < FLOAT and not setting.on_gpu:
-            learned["oneDNN's compiled products, in time"] = ONEDNN_BYTES
+        if work.sizes:
+            learned["oneDNN's compiled products"] = ONEDNN_BYTES * min(ONEDNN_KEPT, SIZE_PRODUCTS * work.sizes + BLOCK_PRODUCTS * work.blocks)
         logits = float(fused_logits_bytes(shape, setting, work))
         training = {"activations": kept, "working memory": spent - logits, "logits": logits}
         evaluating = training  # the same buffers stay

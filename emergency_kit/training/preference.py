@@ -3,6 +3,8 @@
 In: pairs of a safe and an unsafe answer to the same prompt, one row after the other. Out: -log sigmoid(beta x margin), where the margin
 is how much more the model has come to prefer the safe answer than it did where the run began. What the model said there is computed
 once, before the first step, so it needs no second model: the start may be the base model, an adapter or a fully trained one.
+The margin is of the tokens in which the answers differ (`training.dpo_compare`): what both say after them, the end of the turn among it, would
+be made less likely after the unsafe words, and with it everywhere.
 """
 
 from __future__ import annotations
@@ -45,42 +47,60 @@ def row_log_probs(hidden: Tensor, labels: Tensor, head: torch.nn.Module) -> Tens
     return torch.zeros(targets.shape, dtype=torch.float32, device=found.device).masked_scatter(wanted, found).sum(1)
 
 
-def preference_loss(log_probs: Tensor, reference: Tensor, tokens: Tensor, beta: float, sft_weight: float) -> tuple[Tensor, Tensor]:
-    """`(loss of each pair, its margin)`, (pairs,) each. log_probs, reference, tokens: (2 x pairs,), safe and unsafe rows in turn.
+def differing(safe: list[int], unsafe: list[int]) -> tuple[slice, slice]:
+    """The places of two rows of tokens between what they begin and what they end with in common; one token of each at least, where both go on."""
+    one, other = np.asarray(safe), np.asarray(unsafe)
+    shorter = min(len(one), len(other))
+    apart = np.flatnonzero(one[:shorter] != other[:shorter])
+    start = int(apart[0]) if len(apart) else shorter
+    room = max(0, shorter - start - 1)
+    apart = np.flatnonzero(one[len(one) - room:] != other[len(other) - room:])
+    ending = room - 1 - int(apart[-1]) if len(apart) else room
+    return slice(start, len(one) - ending), slice(start, len(other) - ending)
 
-    sft_weight: of the safe answer's cross-entropy a token, added to the loss.
-    """
+
+def preference_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """`(loss of each pair, its margin)`, (pairs,) each. log_probs, reference: (2 x pairs,), safe and unsafe rows in turn."""
     moved = log_probs - reference
     margin = moved[0::2] - moved[1::2]
-    return sft_weight * -log_probs[0::2] / tokens[0::2] - F.logsigmoid(beta * margin), margin
+    return -F.logsigmoid(beta * margin), margin
 
 
 def install(causal_lm: torch.nn.Module, beta: float, sft_weight: float, neftune_alpha: float = 0.0) -> None:
     """Give a causal LM a forward that returns `{"loss", "right"}` of a batch of pairs, or `{"log_probs"}` of its rows without `reference`.
 
-    right: how many pairs have a margin over 0. Divided by `num_items_in_batch`, the pairs of the whole step.
+    compared: the labels that the margin is of. sft_weight: of the safe answer's cross-entropy a token, all of it, added to the loss. right: how many pairs have a margin over 0. Divided by `num_items_in_batch`, the pairs of the whole step.
     """
     original = causal_lm.forward
     head = causal_lm.get_output_embeddings()
 
     def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                reference: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:
+                compared: Tensor | None = None, reference: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:
         if labels is None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **options)
         embedded = self.get_input_embeddings()(input_ids)
         if neftune_alpha and self.training:
             embedded = embedded + neftune_noise(embedded, attention_mask.sum(1), neftune_alpha)
         hidden = self.get_decoder()(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        log_probs = row_log_probs(hidden, labels, head)
+        log_probs = row_log_probs(hidden, compared, head)
         if reference is None:
             return {"log_probs": log_probs}
-        losses, margin = preference_loss(log_probs, reference, (labels[:, 1:] != IGNORE).sum(1), beta, sft_weight)
+        losses, margin = preference_loss(log_probs, reference, beta)
+        if sft_weight:
+            safe = labels[0::2]
+            losses = losses - sft_weight * row_log_probs(hidden[0::2], safe, head) / (safe[:, 1:] != IGNORE).sum(1)
         return {"loss": losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch), "right": (margin > 0).sum()}
 
     causal_lm.forward = types.MethodType(forward, causal_lm)
 
 
-def collate_pairs(items: list[dict[str, Any]], collate: Any) -> dict[str, Tensor]:
-    """Tensors of pairs, the safe and the unsafe row in turn: input_ids, attention_mask, labels (2 x pairs, longest), reference (2 x pairs,)."""
+def collate_pairs(items: list[dict[str, Any]], collate: Any, compare: str) -> dict[str, Tensor]:
+    """Tensors of pairs, the safe and the unsafe row in turn: input_ids, attention_mask, labels, compared (2 x pairs, longest), reference (2 x pairs,).
+    compare: `changed`, whose compared labels are those in which the rows differ, or `whole`."""
     batch = collate([row for item in items for row in item["pair"]])
-    return {**batch, "reference": torch.tensor([value for item in items for value in item["reference"]], dtype=torch.float32)}
+    compared = batch["labels"] if compare == "whole" else torch.full_like(batch["labels"], IGNORE)
+    if compare == "changed":
+        for number, item in enumerate(items):
+            for row, places in enumerate(differing(*(row["input_ids"] for row in item["pair"])), 2 * number):
+                compared[row, places] = batch["labels"][row, places]
+    return {**batch, "compared": compared, "reference": torch.tensor([value for item in items for value in item["reference"]], dtype=torch.float32)}

@@ -55,6 +55,11 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     # Before anything imports transformers, which Unsloth patches.
     choice = choose(config.model, beyond_plain_loss(config.training) or beyond_unsloth(config.model, config.lora, config.training.finetuning_type == "full"))
     console.print(f"Device: {choice.device}; backend: {choice.name} ({choice.reason}); base model: {base_name(config.model)}")
+    if choice.device == "cuda" and ranks.world() == 1:
+        import torch
+
+        if (number := torch.cuda.device_count()) > 1:
+            console.print(f"{number} GPUs are here and one process takes one of them; all of them: make train NPROC={number}")
     require_base(config.model)
     require_trackers(list(resolved.config.training.report_to))
     output = Path(resolved.config.training.output_dir)

@@ -2,13 +2,15 @@
 
 In: a model's folder (its config.json alone is read), the config, and the rows of a typical step. Out: seconds of that step, and of its
 forward pass, for all layers: a layer is the difference of the two, what is left is embedding, head and loss. The engine, compute type
-and rows are the run's own, so no efficiency is guessed; other work on the machine shows, though the best of a few counts. Limits: the
+and rows are the run's own, so no efficiency is guessed. The models take turns and the median of each counts: a run meets the machine as it mostly is, not
+at its best (the best of a few was 10 to 20 % short of a whole run on two shared cores). Limits: the
 optimizer's own step, saving and loading are not in it (1 to 2 % of a run); not for a device that is not here, and always through
 transformers, where Unsloth would train, too.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from emergency_kit.data.tokenize import TokenRows
 
 # By kind of device: tries, and layers of the larger model; a GPU's layer is short beside what a launch varies.
-TRIES, MORE_LAYERS = {"cpu": 2, "cuda": 4}, {"cpu": 4, "cuda": 4}
+TRIES, MORE_LAYERS = {"cpu": 3, "cuda": 4}, {"cpu": 4, "cuda": 4}
 
 
 def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer: Any, layers: int, fused: bool, kept_layers: int = 0) -> tuple[float, float]:
@@ -40,7 +42,7 @@ def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer:
     models = [_build(resolved, tokenizer, count) for count in (1, more)]
 
     def layer_seconds(keep: bool) -> tuple[tuple[float, float], list[float]]:
-        one, some = (_time_layers(*model, batches, keep) for model in models)
+        one, some = _time_models(models, batches, keep)
         return one, [max(0.0, second - first) / (more - 1) for first, second in zip(one, some)]
 
     one, again = layer_seconds(keep=False)
@@ -49,13 +51,13 @@ def time_step(resolved: Resolved, rows: "TokenRows", step: list[int], tokenizer:
     return tuple(first + number * mine + (layers - 1 - number) * made for first, mine, made in zip(one, kept, again))  # type: ignore[return-value]
 
 
-def _time_layers(model: Any, fused: Any, batches: list[dict[str, Any]], keep: bool) -> tuple[float, float]:
-    causal_lm = causal_lm_of(model)
-    device = causal_lm.device
-    if fused is not None and keep:
-        fused.kept_layers = len(fused.layers)
+def _time_models(models: list[tuple[Any, Any]], batches: list[dict[str, Any]], keep: bool) -> list[tuple[float, float]]:
+    """`(forward and backward, forward alone)` of each model in seconds."""
+    device = causal_lm_of(models[0][0]).device
 
-    def taken(backward: bool) -> float:
+    def taken(model: Any, backward: bool) -> float:
+        causal_lm = causal_lm_of(model)
+        model.train(backward)
         started = time.perf_counter()
         for batch in batches:
             with torch.set_grad_enabled(backward), torch.autocast(device.type, dtype=torch.bfloat16, enabled=causal_lm.dtype == torch.bfloat16):
@@ -66,11 +68,12 @@ def _time_layers(model: Any, fused: Any, batches: list[dict[str, Any]], keep: bo
             torch.cuda.synchronize()
         return time.perf_counter() - started
 
-    model.train()
-    taken(True)  # warms up: buffers, threads, kernels
-    both = min(taken(True) for _ in range(TRIES[device.type]))
-    model.eval()
-    return both, min(taken(False) for _ in range(TRIES[device.type]))
+    for model, fused in models:
+        if fused is not None and keep:
+            fused.kept_layers = len(fused.layers)
+        taken(model, True)  # warms up: buffers, threads, kernels
+    rounds = [[(taken(model, True), taken(model, False)) for model, _ in models] for _ in range(TRIES[device.type])]
+    return [tuple(map(statistics.median, zip(*tries))) for tries in zip(*rounds)]  # type: ignore[misc]
 
 
 def _build(resolved: Resolved, tokenizer: Any, layers: int) -> tuple[Any, Any]:

@@ -175,7 +175,7 @@ class KitTrainer(Trainer):
         # Set before the Trainer's own beginning, which may already ask for what depends on it.
         self.facts, self.config, self.rising_from = facts, facts.resolved.config.training, rising_from
         self.unit = 2 if self.config.method == "dpo" else 1  # rows that stay together
-        super().__init__(*args, data_collator=plain if self.unit == 1 else lambda pairs: preference.collate_pairs(pairs, plain), **options)
+        super().__init__(*args, data_collator=plain if self.unit == 1 else lambda pairs: preference.collate_pairs(pairs, plain, self.config.dpo_compare), **options)
         if self.is_fsdp_enabled:
             # Its policy would add up gradients, and round the loss, in bfloat16; autocast leaves both alone, as without FSDP.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import get_scheduler
+from transformers import LlamaConfig, LlamaForCausalLM, get_scheduler
 from transformers.training_args import OptimizerNames
 from transformers.trainer_utils import SchedulerType
 
@@ -27,11 +27,12 @@ from emergency_kit.evaluation.during_training import build_scorer
 from emergency_kit.export.gguf import pick_source
 from emergency_kit.export.merge import merge
 from emergency_kit.model import backend
-from emergency_kit.training import best, checkpoint, fit
+from emergency_kit.training import best, checkpoint, engine, fit, preference
 from emergency_kit.training.loss import supervised_loss
-from emergency_kit.training.preference import preference_loss, row_log_probs
+from emergency_kit.training.preference import collate_pairs, differing, preference_loss, row_log_probs
 from emergency_kit.training.run import plan_steps, train
 from emergency_kit.training.schedule import check_schedule, learning_rate, warmup_steps
+from emergency_kit.training.trainer import collate
 from tests.tiny import save_tiny_model
 
 
@@ -90,7 +91,7 @@ def test_a_resumed_run_ends_bit_identical_under_every_option(tiny: Path, runs: d
 @pytest.mark.parametrize("name, change", [
     ("dora", "lora.loraplus_lr_ratio=4"), ("dora", "lora.use_dora=false"), ("dora", "training.label_smoothing_factor=0.2"), ("dora", "training.lr_scheduler_type=linear"),
     ("pissa", "lora.init=pissa"), ("pissa", "lora.use_rslora=false"), ("pissa", "training.optim=sgd"), ("pissa", "training.lr_scheduler_kwargs={patience: 1}"),
-    ("full", "training.warmup_ratio=0.9"), ("dpo", "training.dpo_beta=0.5"), ("dpo", "training.dpo_sft_weight=0"), ("saved", "lora.modules_to_save=[]"), ("saved", "training.max_grad_norm=1")])
+    ("full", "training.warmup_ratio=0.9"), ("dpo", "training.dpo_beta=0.5"), ("dpo", "training.dpo_compare=whole"), ("dpo", "training.dpo_sft_weight=0"), ("saved", "lora.modules_to_save=[]"), ("saved", "training.max_grad_norm=1")])
 def test_a_change_of_the_mathematics_is_refused_on_resume(tiny: Path, runs: dict[str, Path], name: str, change: str) -> None:
     key = change.partition("=")[0]
     with pytest.raises(UsageError, match=f"made by another run; differences: {key}: "):
@@ -270,12 +271,43 @@ def test_the_preference_loss_equals_the_naive_reference() -> None:
     for row in range(4):
         naive = sum(head(hidden[row, place - 1]).log_softmax(-1)[labels[row, place]].item() for place in range(1, 6) if labels[row, place] != -100)
         assert found[row].item() == pytest.approx(naive, rel=1e-5)
-    reference, tokens = torch.tensor([-20.0, -11.0, -13.0, -12.0]), (labels[:, 1:] != -100).sum(1)
-    losses, margin = preference_loss(found, reference, tokens, 0.3, 0.5)
+    reference = torch.tensor([-20.0, -11.0, -13.0, -12.0])
+    losses, margin = preference_loss(found, reference, 0.3)
     for pair in range(2):
         safe, unsafe = (found[2 * pair + side] - reference[2 * pair + side] for side in (0, 1))
-        wanted = -np.log(1 / (1 + np.exp(-0.3 * (safe - unsafe).item()))) - 0.5 * found[2 * pair].item() / tokens[2 * pair].item()
+        wanted = -np.log(1 / (1 + np.exp(-0.3 * (safe - unsafe).item())))
         assert losses[pair].item() == pytest.approx(wanted, rel=1e-5) and margin[pair].item() == pytest.approx((safe - unsafe).item(), rel=1e-5)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=12), st.lists(st.integers(0, 3), min_size=1, max_size=12))
+def test_what_two_rows_differ_in_equals_a_naive_reading(safe: list[int], unsafe: list[int]) -> None:
+    one, other = differing(safe, unsafe)
+    assert safe[:one.start] == unsafe[:other.start] and safe[one.stop:] == unsafe[other.stop:], "what is left out is common"
+    start = next((place for place, (a, b) in enumerate(zip(safe, unsafe)) if a != b), min(len(safe), len(unsafe)))
+    most = next((end for end, (a, b) in enumerate(zip(safe[:start:-1], unsafe[:start:-1])) if a != b), max(0, min(len(safe), len(unsafe)) - start - 1))
+    assert one == slice(start, len(safe) - most) and other == slice(start, len(unsafe) - most)
+
+
+def test_dpo_leaves_alone_what_both_answers_say() -> None:
+    """Only what differs is in the margin, the end of the turn never; the weight of the safe answer's likelihood is of all of it."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=30, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)).eval()
+    prompt, end = [4, 5, 6], 2
+    pair = tuple({"input_ids": prompt + answer, "labels": [-100] * 3 + answer} for answer in ([7, 8, 9, 10, end], [7, 11, 12, 9, 10, end]))
+    batch = collate_pairs([{"pair": pair, "reference": [-1.0, -2.0]}], lambda rows: collate(rows, 0), "changed")
+    assert batch["compared"][0].tolist() == [-100] * 4 + [8] + [-100] * 4 and batch["compared"][1].tolist() == [-100] * 4 + [11, 12] + [-100] * 3
+    whole = collate_pairs([{"pair": pair, "reference": [-1.0, -2.0]}], lambda rows: collate(rows, 0), "whole")
+    assert torch.equal(whole["compared"], whole["labels"])
+    logs = [model(torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1) for row in pair]
+
+    def said(row: int, places: list[int]) -> float:
+        return sum(logs[row][place - 1, pair[row]["input_ids"][place]].item() for place in places)
+
+    preference.install(model, 0.3, 0.5)
+    changed, everything = said(0, [4]) + 1 - said(1, [4, 5]) - 2, said(0, [3, 4, 5, 6, 7]) + 1 - said(1, [3, 4, 5, 6, 7, 8]) - 2
+    for given, margin in ((batch, changed), (whole, everything)):
+        wanted = -np.log(1 / (1 + np.exp(-0.3 * margin))) - 0.5 * said(0, [3, 4, 5, 6, 7]) / 5
+        assert model(**given)["loss"].item() == pytest.approx(wanted, rel=1e-4)
 
 
 @given(st.lists(st.floats(0, 10), max_size=12), st.floats(0, 1), st.integers(1, 4))
@@ -298,3 +330,21 @@ def test_the_best_is_the_highest_share_or_the_lowest_danger() -> None:
                {"step": 3, "loss": 3.0, "critical_action_recall": 0.9, "dangerous_advice": 0.0}, {"step": 4, "loss": 4.0}]
     found = {metric: best.best_evaluation(history, metric)["step"] for metric in ("loss", "critical_action_recall", "dangerous_advice")}
     assert found == {"loss": 1, "critical_action_recall": 2, "dangerous_advice": 3} and best.best_evaluation([], "loss") is None
+
+
+def test_of_several_gpus_a_process_takes_one(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else transformers' DataParallel would take rows for every GPU that it counts, and the step would be another one."""
+    from transformers import TrainingArguments
+
+    setup = TrainingArguments._setup_devices.func
+
+    def counts_two(self: TrainingArguments) -> torch.device:
+        device = setup(self)
+        self._n_gpu = 2
+        return device
+
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", property(counts_two))
+    resolved = load_config("embedded", settings=[f"model.name={tiny}", "model.dtype=float32"])
+    assert TrainingArguments(output_dir=str(tmp_path)).n_gpu == 2
+    made = engine.training_arguments(resolved, tmp_path, resolved.config.model, fused=False, steps=4, pass_rows=2)
+    assert made.n_gpu == 1 and made.train_batch_size == 2 and made.parallel_mode.value == "not_parallel"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training.fused.attention import Keys, padded, plan_blocks, tile_of
+from emergency_kit.training.fused.attention import Keys, padded, plan_blocks, tile_of, whole
 from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
@@ -175,21 +175,26 @@ class FusedStep:
         norm = self.body.norm
         chosen = x[wanted]
         r = inverse_norm(chosen, self.config.rms_norm_eps)
-        h = (chosen * r).to(x.dtype).mul_(norm.weight)
+        count = len(chosen)
+        # The last rows of logits fill whole tiles, too; what is beyond the labels is zero and stays it.
+        h = chosen.new_zeros(whole(count, self.tile), chosen.shape[1])
+        h[:count] = (chosen * r).to(x.dtype).mul_(norm.weight)
         dh, total = torch.empty_like(h), torch.zeros((), dtype=torch.float32, device=self.device)
         weight = self.head.weight.detach()
         for start in range(0, len(h), HEAD_ROWS):
             rows, wants = h[start:start + HEAD_ROWS], targets[start:start + HEAD_ROWS, None]
             logits = torch.mm(rows, weight.t(), out=self.scratch("logits", len(rows), len(weight)))
             scores = logits if logits.dtype == torch.float32 else self.scratch("scores", *logits.shape, dtype=torch.float32).copy_(logits)
-            torch.log_softmax(scores, 1, out=scores)
-            total -= scores.gather(1, wants).sum()
+            labelled = scores[:len(wants)]
+            torch.log_softmax(labelled, 1, out=labelled)
+            total -= labelled.gather(1, wants).sum()
             if backward:
-                scores.exp_().scatter_add_(1, wants, torch.full_like(wants, -1, dtype=torch.float32))
+                labelled.exp_().scatter_add_(1, wants, torch.full_like(wants, -1, dtype=torch.float32))
+                scores[len(wants):] = 0
                 torch.mm(scores if scores is logits else logits.copy_(scores), weight, out=dh[start:start + HEAD_ROWS])
         if not backward:
             return total / divisor, None
-        dh /= divisor
+        dh = dh[:count].div_(divisor)
         dchosen = torch.zeros_like(chosen)
         add_norm_gradient(dh, chosen, r, norm.weight.detach(), self.scratch, dchosen)
         dx = self.scratch("dx", *x.shape).zero_()
