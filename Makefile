@@ -109,7 +109,7 @@ sweep: setup ## Train every combination of settings: make sweep ARGS="--set trai
 
 bench-preference: setup ## DPO from the finished model, then both side by side on the test split and the red team (over an hour on 2 cores)
 	@$(KIT) train --profile embedded --output-dir outputs/preference --set lora.adapter=outputs/checkpoints/final --set training.method=dpo --set dataset.max_samples=200 \
-		--set training.learning_rate=2e-4 --set training.eval_steps=5 --set dataset.max_eval_samples=24 $(ARGS)
+		--set training.learning_rate=2e-5 --set training.eval_steps=5 --set dataset.max_eval_samples=24 $(ARGS)
 	@$(KIT) evaluate --profile embedded --output-dir outputs/preference --red-team --set evaluation.max_samples=150 --compare outputs/checkpoints/final outputs/preference/checkpoints/final
 
 bench-training: setup ## Training speed and memory beside the original settings and TRL (an hour, 14 GB of memory; installs trl and matplotlib into .venv)

@@ -83,8 +83,8 @@ class TrainingConfig(Section):
     et al. 2023); best begun from an adapter that `sft` has trained (`lora.adapter`)."""
     dpo_beta: float = Field(default=0.1, gt=0)
     """Under `dpo`: how tightly the model is held to where it began; smaller lets it go further."""
-    dpo_compare: Literal["changed", "whole"] = "changed"
-    """Under `dpo`: what is compared of a safe and an unsafe answer: the tokens in which they differ, or all of them."""
+    dpo_compare: Literal["whole", "changed"] = "whole"
+    """Under `dpo`: what is compared of a safe and an unsafe answer: all of them, as in the paper, or the tokens in which they differ."""
     dpo_sft_weight: float = Field(default=0.0, ge=0)
     """Under `dpo`: weight of the safe answer's own cross-entropy in the loss, which keeps its wording likely."""
     finetuning_type: Literal["lora", "full"] = "lora"

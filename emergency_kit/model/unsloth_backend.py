@@ -1,8 +1,8 @@
 """The backend on Unsloth: 4-bit LoRA on one NVIDIA GPU. The only file that imports Unsloth.
 
 Importing it patches transformers, PEFT and the Trainer, so this file is imported only where Unsloth was chosen, and before those are
-(`backend.choose`). Read against the source of unsloth 2026.10.9; not run by us on a GPU, the contract tests (tests/model/test_backend.py)
-run it where one is.
+(`backend.choose`). Read against the source of unsloth 2026.10.9, on which the contract tests (tests/model/test_backend.py) pass on a GPU; no whole run
+of training was made on it.
 """
 
 from __future__ import annotations

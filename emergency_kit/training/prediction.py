@@ -3,7 +3,7 @@
 In: a config, a model's shape, rows where they are at hand, and a device: this one, a card of so many bytes (`make`), or a `Card` with its
 speed (`predict`, which a benchmark lays beside what it measures). Memory comes from formulas (memory.py); time on this machine from a few
 timed steps of models with few layers (speed.py), on a card that is not here from arithmetic and traffic over the card's own rates.
-Limits: one device. The shares of those rates that a run reaches are assumptions, which no GPU has confirmed yet.
+Limits: one device. The shares of those rates that a run reaches are fitted to one H200 (benchmarks/RESULTS.md); other cards are extrapolated.
 """
 
 from __future__ import annotations

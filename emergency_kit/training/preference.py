@@ -3,8 +3,8 @@
 In: pairs of a safe and an unsafe answer to the same prompt, one row after the other. Out: -log sigmoid(beta x margin), where the margin
 is how much more the model has come to prefer the safe answer than it did where the run began. What the model said there is computed
 once, before the first step, so it needs no second model: the start may be the base model, an adapter or a fully trained one.
-The margin is of the tokens in which the answers differ (`training.dpo_compare`): what both say after them, the end of the turn among it, would
-be made less likely after the unsafe words, and with it everywhere.
+The margin is of whole answers, or of the tokens in which they differ (`training.dpo_compare`). What both say after those, the end of the turn among it, becomes
+less likely after the unsafe words, and at a high rate everywhere (benchmarks/RESULTS.md).
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ def preference_loss(log_probs: Tensor, reference: Tensor, beta: float) -> tuple[
 def install(causal_lm: torch.nn.Module, beta: float, sft_weight: float, neftune_alpha: float = 0.0) -> None:
     """Give a causal LM a forward that returns `{"loss", "right"}` of a batch of pairs, or `{"log_probs"}` of its rows without `reference`.
 
-    compared: the labels that the margin is of. sft_weight: of the safe answer's cross-entropy a token, all of it, added to the loss. right: how many pairs have a margin over 0. Divided by `num_items_in_batch`, the pairs of the whole step.
+    compared: the labels that the margin is of. sft_weight: of the safe answer's cross-entropy a token, all of it, added to the loss. right: how many
+    pairs have a margin over 0. Divided by `num_items_in_batch`, the pairs of the whole step.
     """
     original = causal_lm.forward
     head = causal_lm.get_output_embeddings()

@@ -5,6 +5,7 @@ In: settings of which some list several values (`--set training.learning_rate=1e
 that is finished is taken as it stands, one that was stopped is gone on with, one that diverges is a line of the table. With `--workers N` up to N runs
 go side by side, each in a process of its own (workers.py), and what each says goes to its own `logs/console.log`; the results are the same bits
 as one at a time, given the same threads (OMP_NUM_THREADS sets them; a CPU's sums depend on their number).
+Where `training.seed` is among them, a second table ranks the other settings by the mean over seeds, and the best is of that.
 Limits: losses compare where the validation tokens are the same, and it is said where they are not; one at a time, on a CPU, the peak
 memory is the process's highest so far, so that a later run's is never below an earlier one's.
 Run: `emergency-kit sweep`.
@@ -42,6 +43,7 @@ from emergency_kit.training.workers import Killed, Workers
 RANGE_STEPS, RANGE_PIECES = 32, 8
 # Resident in a process that has imported what training imports (Linux, torch 2.13: 500 to 650 MB).
 PROCESS_BYTES = 600_000_000
+SEED = "training.seed"
 
 
 @dataclass
@@ -246,18 +248,47 @@ def _report(folder: Path, outcomes: list[Outcome], keys: list[str], done: bool) 
     ranked = sorted(outcomes, key=lambda one: (one.loss is None or not math.isfinite(one.loss), one.loss or 0.0))
     heads = ["rank", *(key.partition(".")[2] for key in keys), "validation loss", "training loss", "steps' tokens/s", "minutes", "peak GB"]
     rows = [[str(rank), *one.settings.values(), *_figures(one)] for rank, one in enumerate(ranked, 1)]
-    lines = ["| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)]
-    notes = []
-    if len({one.validation for one in outcomes if one.validation}) > 1:
+    means = _over_seeds(outcomes, keys)
+    notes, measured = [], {(one.settings.get(SEED) if means else None, one.validation) for one in outcomes if one.validation}
+    if len(measured) > len({seed for seed, _ in measured}):
         notes.append("The runs were measured on different validation tokens, so their losses do not compare.")
-    best = ranked[0] if ranked else None
-    if best and best.loss is not None:
-        notes.append(f"Best: {' '.join(f'--set {key}={value}' for key, value in best.settings.items())}")
-    save_text(folder / "sweep.md", "\n".join(["# Sweep, ranked by validation loss", "", *lines, "", *notes, ""]))
+    elif len({tokens for _, tokens in measured}) > 1:
+        notes.append("Each seed draws validation records of its own: losses compare within a seed, and so do the means.")
+    best = means[0].settings if means else next((one.settings for one in ranked[:1] if one.loss is not None), None)
+    if best:
+        notes.append(f"Best: {' '.join(f'--set {key}={value}' for key, value in best.items())}")
+    tables = [[heads, *rows]]
+    if means:
+        tables.append([["rank", *(key.partition(".")[2] for key in means[0].settings), "mean over seeds", "lowest", "highest"],
+                       *([str(rank), *one.settings.values(), *(f"{value:.4f}" for value in one.losses)] for rank, one in enumerate(means, 1))])
+    lines = [line for table in tables for line in (*("| " + " | ".join(row) + " |" for row in (table[0], ["---"] * len(table[0]), *table[1:])), "")]
+    save_text(folder / "sweep.md", "\n".join(["# Sweep, ranked by validation loss", "", *lines, *notes, ""]))
     save_json(folder / "sweep.json", [{"settings": one.settings, "folder": str(one.folder), "validation_loss": one.loss, "failure": one.failure,
                                        "summary": one.summary} for one in ranked])
     if done:
-        print("\n".join(["", *_aligned([heads, *rows]), "", *notes, f"Table: {folder / 'sweep.md'}"]), flush=True)
+        print("\n".join([line for table in tables for line in ("", *_aligned(table))] + ["", *notes, f"Table: {folder / 'sweep.md'}"]), flush=True)
+
+
+@dataclass
+class Mean:
+    """Runs that differ by their seed alone. losses: mean, lowest and highest."""
+
+    settings: dict[str, str]
+    losses: tuple[float, float, float]
+
+
+def _over_seeds(outcomes: list[Outcome], keys: list[str]) -> list[Mean]:
+    """The lowest mean first, of settings that every seed so far has a finite loss for; empty where not several seeds and something else are varied."""
+    groups: dict[tuple[str, ...], list[float | None]] = {}
+    if SEED not in keys or len(keys) < 2:
+        return []
+    others = [key for key in keys if key != SEED]
+    for one in outcomes:
+        groups.setdefault(tuple(one.settings[key] for key in others), []).append(one.loss)
+    seeds = len({one.settings[SEED] for one in outcomes})
+    finite = {values: [loss for loss in losses if loss is not None and math.isfinite(loss)] for values, losses in groups.items()}
+    means = [Mean(dict(zip(others, values)), (sum(losses) / seeds, min(losses), max(losses))) for values, losses in finite.items() if len(losses) == seeds > 1]
+    return sorted(means, key=lambda mean: mean.losses[0])
 
 
 def _figures(one: Outcome) -> list[str]:

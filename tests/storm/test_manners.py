@@ -145,7 +145,7 @@ def test_latest_and_longer_and_changed(nursery: Nursery, tiny: Path, undisturbed
     out = place / "latest"
     shutil.copytree(before, out)
     life = nursery.live("train", *settings(tiny, out, "training.learning_rate=1e-3", "training.seed=3"), "--resume-from", "latest")
-    assert life.status == 2 and "training.learning_rate: 0.006 -> 0.001" in life.text and "training.seed: 42 -> 3" in life.text and "--accept-changes" in life.text, life.text
+    assert life.status == 2 and "training.learning_rate: 0.002 -> 0.001" in life.text and "training.seed: 42 -> 3" in life.text and "--accept-changes" in life.text, life.text
     life = nursery.live("train", *settings(tiny, out, "dataset.max_samples=19"))
     assert life.status == 2 and "dataset.max_samples: 20 -> 19" in life.text and "training tokens" in life.text, life.text
     life = nursery.live("train", *settings(tiny, out, "training.num_epochs=3"), "--dry-run", "--resume-from", "latest")

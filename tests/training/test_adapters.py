@@ -165,7 +165,7 @@ def test_loraplus_gives_b_its_own_rate(tiny: Path) -> None:
     slow, still, fast = group_parameters(model, decaying, training, 16.0)
     assert {".lora_B." in names[id(parameter)] for parameter in fast["params"]} == {True} and len(fast["params"]) == 14
     assert not any(".lora_B." in names[id(parameter)] for parameter in slow["params"]) and len(slow["params"]) == 15 and still["params"] == []
-    assert (slow["lr"], fast["lr"], slow["weight_decay"], fast["weight_decay"]) == (6e-3, 16 * 6e-3, 0.1, 0.1)
+    assert (slow["lr"], fast["lr"], slow["weight_decay"], fast["weight_decay"]) == (2e-3, 16 * 2e-3, 0.1, 0.1)
 
 
 @pytest.mark.parametrize("settings, reason", [

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from emergency_kit.data.tokenize import IGNORE
@@ -146,6 +147,22 @@ def test_whole_tiles_change_nothing(options: dict[str, Any]) -> None:
     assert all(bool(gradient.isfinite().all()) for gradient in gradients)
     for gradient, parameter in zip(gradients, step.parameters):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_products_with_the_head_have_few_shapes() -> None:
+    """oneDNN compiles and keeps one for every shape: labels of a pass come in any number, whole tiles do not."""
+    model = adapt(FAMILIES["llama"]())
+    vocabulary, sides = model.config.vocab_size, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None) -> Any:
+            if operation.overloadpacket is torch.ops.aten.mm and vocabulary in (*arguments[0].shape, *arguments[1].shape):
+                sides.append(arguments[0].shape[0])
+            return operation(*arguments, **(options or {}))
+
+    with Watch():
+        by_hand(model, ROWS, tile=32)
+    assert len(sides) >= 4 and all(side % 32 == 0 for side in sides)
 
 
 @pytest.mark.parametrize("on_gpu, item_bytes, tile", [(False, 4, 1), (False, 2, 32), (True, 2, 1)])

@@ -21,7 +21,7 @@ from emergency_kit.data.build import build
 from emergency_kit.errors import ConfigError, Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable
 from emergency_kit.training import lock
-from emergency_kit.training.sweep import _warn_of_memory, split_settings, start
+from emergency_kit.training.sweep import Outcome, _over_seeds, _warn_of_memory, split_settings, start
 from emergency_kit.model.process_memory import cores
 from emergency_kit.training.workers import Killed, Workers
 from tests.tiny import save_tiny_model
@@ -65,6 +65,27 @@ def test_runs_are_ranked_by_validation_loss_and_taken_as_they_stand_the_second_t
     start(resolve, settings, None, None, False)
     assert [(path, path.stat().st_mtime_ns) for path in sorted(folder.glob("*/checkpoints/final/*"))] == before
     assert "already trained with these settings" in capsys.readouterr().out
+
+
+def test_over_several_seeds_the_best_is_that_of_the_mean(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = start(resolve, [*base(tiny, tmp_path), "training.learning_rate=1e-6,5e-2", "training.seed=1,2"], None, None, False)
+    found = json.loads((folder / "sweep.json").read_text())
+    losses = {rate: [one["validation_loss"] for one in found if one["settings"]["training.learning_rate"] == rate] for rate in ("1e-6", "5e-2")}
+    lines = (folder / "sweep.md").read_text().splitlines()
+    place = lines.index("| rank | learning_rate | mean over seeds | lowest | highest |")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[place + 2:place + 4]]
+    ranked = sorted(losses, key=lambda rate: sum(losses[rate]))
+    assert rows == [[str(rank), rate, f"{sum(losses[rate]) / 2:.4f}", f"{min(losses[rate]):.4f}", f"{max(losses[rate]):.4f}"] for rank, rate in enumerate(ranked, 1)]
+    assert f"Best: --set training.learning_rate={ranked[0]}" in lines and any(line.startswith("Each seed draws validation records of its own") for line in lines)
+    assert "mean over seeds" in capsys.readouterr().out
+
+
+def test_means_leave_out_settings_that_failed_for_a_seed() -> None:
+    runs = [Outcome({"training.learning_rate": rate, "training.seed": seed}, Path(rate + seed), loss=loss)
+            for rate, seed, loss in (("1", "a", 3.0), ("1", "b", 1.0), ("2", "a", 0.5), ("2", "b", None), ("3", "a", 1.0), ("3", "b", float("nan")), ("4", "a", 1.5), ("4", "b", 1.0))]
+    assert [(mean.settings, mean.losses) for mean in _over_seeds(runs, ["training.learning_rate", "training.seed"])] == [
+        ({"training.learning_rate": "4"}, (1.25, 1.0, 1.5)), ({"training.learning_rate": "1"}, (2.0, 1.0, 3.0))]
+    assert _over_seeds(runs[:1], ["training.learning_rate", "training.seed"]) == _over_seeds(runs, ["training.learning_rate"]) == []
 
 
 def test_every_combination_is_checked_before_the_first_is_trained(tiny: Path, tmp_path: Path) -> None:
