@@ -2,7 +2,7 @@
 
 In: `Card`, read from torch and the driver. Out: sentences for `verify`; ModelError where something does not do. Sources: NVIDIA's table of the
 drivers that each CUDA needs (12: 525.60.13, 13: 580.65.06); bf16 and the flash-attn package begin with compute capability 8.0, Triton, which Unsloth
-is written in, with 7.0. Limits: the first GPU that this process sees.
+is written in, with 7.0. Limits: the first GPU that this process sees. `read_card` was not run on a GPU by us.
 """
 
 from __future__ import annotations

@@ -39,12 +39,13 @@ class PairDataset(Dataset):
         return {"pair": self.rows[index], "reference": reference}
 
 
-def row_log_probs(hidden: Tensor, labels: Tensor, head: torch.nn.Module) -> Tensor:
-    """Log-probability of each row's supervised tokens, (rows,) in float32. hidden: (rows, length, width); labels: (rows, length)."""
+def token_log_probs(hidden: Tensor, labels: Tensor, head: torch.nn.Module) -> Tensor:
+    """Log-probability of each supervised token from a row's second on, 0 for the others, (rows, length - 1) in float32. hidden: (rows, length, width);
+    labels: (rows, length)."""
     targets = labels[:, 1:]
     wanted = targets != IGNORE
     found = -F.cross_entropy(head(hidden[:, :-1][wanted]).float(), targets[wanted], reduction="none")
-    return torch.zeros(targets.shape, dtype=torch.float32, device=found.device).masked_scatter(wanted, found).sum(1)
+    return torch.zeros(targets.shape, dtype=torch.float32, device=found.device).masked_scatter(wanted, found)
 
 
 def differing(safe: list[int], unsafe: list[int]) -> tuple[slice, slice]:
@@ -83,13 +84,14 @@ def install(causal_lm: torch.nn.Module, beta: float, sft_weight: float, neftune_
         if neftune_alpha and self.training:
             embedded = embedded + neftune_noise(embedded, attention_mask.sum(1), neftune_alpha)
         hidden = self.get_decoder()(inputs_embeds=embedded, attention_mask=attention_mask, use_cache=False).last_hidden_state
-        log_probs = row_log_probs(hidden, compared, head)
+        weighed = sft_weight and reference is not None
+        tokens = token_log_probs(hidden, labels if weighed else compared, head)
+        log_probs = torch.where(compared[:, 1:] != IGNORE, tokens, 0).sum(1)
         if reference is None:
             return {"log_probs": log_probs}
         losses, margin = preference_loss(log_probs, reference, beta)
-        if sft_weight:
-            safe = labels[0::2]
-            losses = losses - sft_weight * row_log_probs(hidden[0::2], safe, head) / (safe[:, 1:] != IGNORE).sum(1)
+        if weighed:
+            losses = losses - sft_weight * tokens[0::2].sum(1) / (labels[0::2, 1:] != IGNORE).sum(1)
         return {"loss": losses.sum() / (len(losses) if num_items_in_batch is None else num_items_in_batch), "right": (margin > 0).sum()}
 
     causal_lm.forward = types.MethodType(forward, causal_lm)

@@ -261,7 +261,7 @@ def _report(folder: Path, outcomes: list[Outcome], keys: list[str], done: bool) 
     if means:
         tables.append([["rank", *(key.partition(".")[2] for key in means[0].settings), "mean over seeds", "lowest", "highest"],
                        *([str(rank), *one.settings.values(), *(f"{value:.4f}" for value in one.losses)] for rank, one in enumerate(means, 1))])
-    lines = [line for table in tables for line in (*("| " + " | ".join(row) + " |" for row in (table[0], ["---"] * len(table[0]), *table[1:])), "")]
+    lines = [line for table in tables for line in (*_markdown(table), "")]
     save_text(folder / "sweep.md", "\n".join(["# Sweep, ranked by validation loss", "", *lines, *notes, ""]))
     save_json(folder / "sweep.json", [{"settings": one.settings, "folder": str(one.folder), "validation_loss": one.loss, "failure": one.failure,
                                        "summary": one.summary} for one in ranked])
@@ -298,6 +298,11 @@ def _figures(one: Outcome) -> list[str]:
     return [f"{one.loss:.4f}", f"{found['last_loss']:.4f}", f"{found['tokens_per_second']:.0f}", f"{found['wall_seconds'] / 60:.1f}", f"{found['peak_memory_bytes'] / 1e9:.2f}"]
 
 
+def _markdown(rows: list[list[str]]) -> list[str]:
+    """Lines of a table whose first row is its head."""
+    return ["| " + " | ".join(row) + " |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+
+
 def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows]
@@ -328,7 +333,7 @@ def range_test(resolved: Resolved, low: float, high: float) -> Path:
         if ranked and ranked[0]["change"] < 0 else "The validation loss fell nowhere; try lower rates, or more steps."
     place = folder.parent
     save_text(place / "range.md", "\n".join(["# Learning-rate range test, ranked by the fall of the validation loss", "",
-                                             *("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows)), "", note, ""]))
+                                             *_markdown([heads, *rows]), "", note, ""]))
     save_json(place / "range.json", ranked)
     print("\n".join(["", *_aligned([heads, *rows]), "", note, f"Table: {place / 'range.md'}"]), flush=True)
     return place

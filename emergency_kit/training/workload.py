@@ -50,6 +50,7 @@ def assumed(resolved: Resolved, fused: bool, on_gpu: bool, item_bytes: int) -> L
     most_rows, most_tokens = pass_limits(batch, limit, on_gpu, item_bytes) if fused else (None, None)
     rows = min(most_rows or math.inf, max(1, most_tokens // limit) if most_tokens else math.inf)
     batch, evaluated = int(min(batch, rows)), int(min(evaluated, rows))
+    # Of rows that nobody knows yet, passes may have any size: as many products as are ever kept.
     sizes = ONEDNN_KEPT if fused and tile_of(on_gpu, item_bytes) > 1 else 0
     return Load(Workload(batch * limit, limit, batch * limit, 0, evaluated * limit, limit, evaluated * limit, sizes), 0, 0, 0, 0)
 
@@ -73,13 +74,13 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     mean = sum(sampled) / len(sampled)
     typical = min(evenly, key=lambda step: abs(seen[step].computed - mean))
     worst = max(seen, key=lambda step: seen[step].weight)
-    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits, share, tile, look.sizes, look.blocks)
+    evaluated = _Look(rows["validation"], training.per_device_eval_batch_size, limits, share, tile)
     size = training.per_device_eval_batch_size
     batches = [list(range(start, min(start + size, len(rows["validation"])))) for start in range(0, len(rows["validation"]), size)]
     evals = [evaluated(batch) for batch in batches]
     worst_eval = max(range(len(batches)), key=lambda batch: evals[batch].weight)
     work = Workload(*(max(getattr(one, name) for one in seen.values()) for name in ("tokens", "longest", "supervised", "shared")),
-                    *(max(getattr(one, name) for one in evals) for name in ("tokens", "longest", "supervised")), len(look.sizes), len(look.blocks))
+                    *(max(getattr(one, name) for one in evals) for name in ("tokens", "longest", "supervised")), len(look.sizes | evaluated.sizes), len(look.blocks | evaluated.blocks))
     tokens = [int(lengths[step].sum()) for step in every]
     return Load(work, sum(tokens), sum(int((lengths[step] - rows["train"].prompts[step]).sum()) for step in every), mean * len(every),
                 sum(one.computed for one in evals), seen[typical].computed, every[typical], every[worst], batches[worst_eval])
@@ -117,10 +118,10 @@ class _Step:
 class _Look:
     """What a step's passes come to. sizes, blocks: those of all that were looked at, where passes are of whole tiles."""
 
-    def __init__(self, rows: "TokenRows", batch: int, limits: tuple[int | None, int | None] | None, share: bool, tile: int,
-                 sizes: set[int] | None = None, blocks: set[tuple[int, int]] | None = None):
+    def __init__(self, rows: "TokenRows", batch: int, limits: tuple[int | None, int | None] | None, share: bool, tile: int):
         self.rows, self.batch, self.limits, self.share, self.tile = rows, batch, limits, share, tile
-        self.sizes, self.blocks = set() if sizes is None else sizes, set() if blocks is None else blocks
+        self.sizes: set[int] = set()
+        self.blocks: set[tuple[int, int]] = set()
 
     def __call__(self, step: list[int]) -> _Step:
         lengths, prompts = self.rows.lengths[step], self.rows.prompts[step]

@@ -29,7 +29,7 @@ from emergency_kit.export.merge import merge
 from emergency_kit.model import backend
 from emergency_kit.training import best, checkpoint, engine, fit, preference
 from emergency_kit.training.loss import supervised_loss
-from emergency_kit.training.preference import collate_pairs, differing, preference_loss, row_log_probs
+from emergency_kit.training.preference import collate_pairs, differing, preference_loss, token_log_probs
 from emergency_kit.training.run import plan_steps, train
 from emergency_kit.training.schedule import check_schedule, learning_rate, warmup_steps
 from emergency_kit.training.trainer import collate
@@ -267,7 +267,7 @@ def test_the_preference_loss_equals_the_naive_reference() -> None:
     labels = torch.randint(0, 30, (4, 6))
     labels[:, :2] = -100
     labels[1, 4:] = -100
-    found = row_log_probs(hidden, labels, head)
+    found = token_log_probs(hidden, labels, head).sum(1)
     for row in range(4):
         naive = sum(head(hidden[row, place - 1]).log_softmax(-1)[labels[row, place]].item() for place in range(1, 6) if labels[row, place] != -100)
         assert found[row].item() == pytest.approx(naive, rel=1e-5)
