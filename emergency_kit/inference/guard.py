@@ -19,7 +19,7 @@ from emergency_kit.data.format import SECTIONS, locate_lines, parse_json_answer,
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, normalise
 from emergency_kit.knowledge.emergency_numbers import ANY_COUNTRY, Country, find_country, localise
 from emergency_kit.knowledge.retrieve import Found
-from emergency_kit.knowledge.rules import Examination, examine, foreign_numbers
+from emergency_kit.knowledge.rules import Examination, advises, examine, foreign_numbers
 
 # A line this near to a card's line (0 to 100, rapidfuzz.fuzz.ratio on normalised text) is that line with a slip.
 SLIP_RATIO = 80.0
@@ -165,11 +165,12 @@ def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits
                  country: str, where: Country | None) -> dict[Place, tuple[str, str]]:
     """`{place: (rule, card id)}` of every line that must be struck.
 
-    A line of a card that fits is right as it stands, and so is any card's line by its own rules; but where retrieval is
-    unsure, it must also keep the never-rules of the cards that it may be instead (`doubted`).
+    A line of a card that fits is right as it stands, unless a better one forbids it in plain words, and so is any card's line by its own rules; but
+    where retrieval is unsure, it must also keep the never-rules of the cards that it may be instead (`doubted`).
     """
-    found: dict[Place, tuple[str, str]] = {}
     trusted = cards[:fits]
+    overruled = find_overruled(trusted, where)
+    found = {place: overruled[line] for place in places if (line := normalise(text[place[1]:place[2]])) in overruled}
     right = {normalise(line) for _, line in _card_lines(trusted, where)}
     for section, start, end in places:
         if section in ("", "guidance") and _REFUSES_HELP.match(normalise(text[start:end])) and normalise(text[start:end]) not in right:
@@ -183,6 +184,19 @@ def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits
         for place, reason in _find_dangers(left, places, group, country).items():
             if normalise(text[place[1]:place[2]]) not in right or not reason[0].startswith(TALKS_OUT):
                 found.setdefault(place, reason)
+    return found
+
+
+def find_overruled(trusted: Sequence[Card], where: Country | None) -> dict[str, tuple[str, str]]:
+    """`{normalised action: (rule, card id)}`: actions of cards that fit which a better fitting one forbids in its own words (aspirin, beside a stroke).
+
+    Only a rule's own phrases count: its wider patterns are made for answers about its own hazard, and find another's actions by chance."""
+    found: dict[str, tuple[str, str]] = {}
+    for rank, card in enumerate(trusted):
+        for _, line in _card_lines([card], where, rules=False):
+            for better, rule in ((better, rule) for better in trusted[:rank] for rule in better.never):
+                if any(advises(normalise(line), phrase) for phrase in rule.broken_by):
+                    found.setdefault(normalise(line), (rule.text, better.id))
     return found
 
 
@@ -214,13 +228,13 @@ def _blank(text: str, start: int, end: int) -> str:
     return text[:start] + " " * (end - start) + text[end:]
 
 
-def _card_lines(cards: Iterable[Card], where: Country | None) -> list[tuple[str, str]]:
-    """`(card id, line)` of everything on cards that guidance is made of, as their prompt shows it."""
+def _card_lines(cards: Iterable[Card], where: Country | None, rules: bool = True) -> list[tuple[str, str]]:
+    """`(card id, line)` of everything on cards that guidance is made of, as their prompt shows it; without rules, of their actions."""
     found: list[tuple[str, str]] = []
     for card in cards:
         for action in card.critical_actions:
             found += [(card.id, localise(line, where, card.service)) for line in (action.text, action.instead) if line]
-        found += [(card.id, rule.text) for rule in card.never]
+        found += [(card.id, rule.text) for rule in card.never] if rules else []
     return found
 
 
@@ -240,7 +254,8 @@ def _find_slip(written: str, known: Sequence[tuple[str, str]]) -> tuple[str, str
 
 def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], doubted: Sequence[Card], country: str,
                   where: Country | None) -> tuple[Step, ...]:
-    """Critical actions that no line gives which stays, by its own words or as a card's line with a slip, and that no doubted card forbids."""
+    """Critical actions that no line gives which stays, by its own words or as a card's line with a slip, and that no doubted or better card forbids."""
+    overruled = find_overruled(trusted, where)
     left = text
     for line in lines:
         if line.breaks:
@@ -252,7 +267,7 @@ def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], dou
         for action in card.critical_actions:
             step = _describe_step(card, action, where)
             forbidden = any(rule.stance == "affirmed" for rule in examine(f"GUIDANCE\n• {step.text}", doubted, country).rules)
-            if not forbidden and (card.id, action.text) not in given and normalise(step.text) not in shown | {normalise(other.text) for other in added}:
+            if not forbidden and normalise(step.text) not in overruled and (card.id, action.text) not in given and normalise(step.text) not in shown | {normalise(other.text) for other in added}:
                 added.append(step)
     return tuple(added)
 

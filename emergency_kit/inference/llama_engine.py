@@ -95,15 +95,16 @@ class LlamaEngine:
         return Stream(pieces, stop, grammar)
 
     def generate(self, batch: Sequence[Messages], max_new_tokens: int, batch_size: int = 8,
-                 progress: Progress | None = None, grammar: str = "") -> list[Generated]:
-        """Greedy answers to many prompts, in their order; as many at once as there are slots (`batch_size` at most).
+                 progress: Progress | None = None, grammar: str = "", temperature: float = 0.0, seeds: Sequence[int] | None = None) -> list[Generated]:
+        """Answers to many prompts, in their order; as many at once as there are slots (`batch_size` at most).
 
-        Raises ModelError before the first token when a prompt and `max_new_tokens` do not fit the context.
+        temperature: 0 is greedy. seeds: one a prompt, for sampled answers. Raises ModelError before the first token when a prompt and
+        `max_new_tokens` do not fit the context.
         """
         for number, messages in enumerate(batch, 1):
             check_length(self.encode(messages), max_new_tokens, self.context_tokens, f"prompt {number} of {len(batch)}")
         halted = threading.Event()
-        streams = [self.stream(messages, max_new_tokens, should_stop=halted.is_set, grammar=grammar) for messages in batch]
+        streams = [self.stream(messages, max_new_tokens, temperature, seed, halted.is_set, grammar=grammar) for messages, seed in zip(batch, seeds or [None] * len(batch))]
         with ThreadPoolExecutor(min(self.slots, batch_size)) as pool:
             running = {pool.submit(_exhaust, stream) for stream in streams}
             try:

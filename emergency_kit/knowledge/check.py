@@ -29,6 +29,7 @@ MEANT: dict[tuple[str, str], str] = {
     ("severe_bleeding", "asthma_attack"): "Lying down suits blood loss, not hard breathing.",
     ("shock", "asthma_attack"): "Lying flat suits shock; the card itself says half sitting where breathing is hard.",
     ("heart_attack", "stroke"): "Aspirin helps a blocked heart vessel; a stroke may be a bleeding one.",
+    ("severe_bleeding", "snake_bite"): "A tourniquet stops bleeding that would kill; it does not help against venom.",
     ("electric_shock", "severe_bleeding"): "Burns are cooled with water; a bleeding wound is pressed, not rinsed.",
 }
 

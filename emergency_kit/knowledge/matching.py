@@ -266,6 +266,8 @@ def _form_flags(tokens: Sequence[Token], words: Sequence[int], places: list[int]
     # "I'm at the side holding the rail" tells, it does not advise.
     if head.low.endswith("ing") and any(token.low in _TELLS for token in tokens[max(0, words[first] - 8):words[first]]):
         added |= scope.TOLD
+    if head.low in ("leave", "leaving") and words[first] + 1 < len(tokens) and tokens[words[first] + 1].low == "with":
+        added |= scope.AWAY  # whom one leaves with is not left
     if head.low in ("keep", "hold") and any(token.low in ("away", "off", "clear", "back") for token in tokens[words[last] + 1:words[last] + 3]):
         added |= scope.AWAY
     verdict = None

@@ -126,6 +126,9 @@ def _find_prohibitions(reading: Reading, cards: Sequence[Card], actions: Sequenc
         for match in reading.find(pattern):
             sentence = reading.sentences[match.sentence].sentence
             banned = match.flags & scope.NEG and not match.flags & (scope.LIMITED | scope.COND | scope.TOLD | scope.AFTER | scope.BEFORE)
+            head = next(place for place, token in enumerate(sentence.tokens) if token.start >= match.start)
+            # "Start CPR if they are not breathing" denies the breathing, not the CPR.
+            banned = banned and bool(not bans_action or reading.sentences[match.sentence].flags[head] & scope.NEG)
             if sentence.section in ("facts", "uncertainties") or (bans_action and (not _opens(sentence, match) or _meets(own, sentence.start, sentence.end))):
                 continue
             if not (banned if bans_action or pattern.wants_ban else match.stance == "affirmed"):
@@ -172,13 +175,20 @@ def _examine_rule(reading: Reading, card: Card, rule: str, patterns: Sequence[Pa
             if sentence.section == "uncertainties" or (sentence.section == "facts" and not _orders(sentence, match)):
                 continue
             stance = stance_of(match, pattern)
-            if stance == "affirmed" and (match.flags & (scope.BEFORE | scope.AWAY) or excuses & reading.sentences[match.sentence].at.keys()):
+            if stance == "affirmed" and (match.flags & (scope.BEFORE | scope.AWAY) or _is_tap_water(sentence, match) or excuses & reading.sentences[match.sentence].at.keys()):
                 continue
             stances.setdefault(stance, (match.start, match.end))
     for stance in ("affirmed", "warned"):
         if stance in stances:
             return RuleFinding(card.id, rule, stance, stances[stance])
     return RuleFinding(card.id, rule, "silent")
+
+
+def _is_tap_water(sentence: Sentence, match: Match) -> bool:
+    """Whether a match begins with the adjective of "cool it under running water", which has nobody run water anywhere."""
+    place = next(number for number, token in enumerate(sentence.tokens) if token.start >= match.start)
+    lows = [token.low for token in sentence.tokens]
+    return lows[place:place + 2] == ["running", "water"] and bool({"under", "with", "in"} & set(lows[max(0, place - 2):place]))
 
 
 def _opens(sentence: Sentence, match: Match) -> bool:

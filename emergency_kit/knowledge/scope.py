@@ -255,8 +255,9 @@ def _mark_limits(tokens: Sequence[Token], flags: list[int]) -> None:
 def _mark_away(tokens: Sequence[Token], flags: list[int]) -> None:
     """What follows "stay away from", "keep clear of", "out of": nobody is sent there."""
     for place, token in enumerate(tokens):
-        before = [part.low for part in tokens[max(0, place - 4):place]]
         after = tokens[place + 1].low if place + 1 < len(tokens) else ""
+        # "Move to the back, away from the doors": what is to be kept away from may be named later.
+        before = [part.low for part in tokens[max(0, place - (8 if (token.low, after) == ("away", "from") else 4)):place]]
         if (token.low, after) in (("clear", "of"), ("far", "from")) or (token.low in ("off", "out", "away", "clear") and {"stay", "keep", "kept", "remain", "get", "move", "stand"} & set(before)
                                                                        and (after in ("from", "of") or {"stay", "keep", "kept", "remain"} & set(before))):
             for later in range(place + 1, len(tokens)):

@@ -140,3 +140,15 @@ def test_when_unsure_a_step_must_keep_the_rules_of_what_it_may_be_instead():
     unsure = guard(answer(aspirin), cards, unsure=True, choices=cards)
     assert [line.text for line in unsure.struck] == [aspirin] and aspirin not in [step.text for step in unsure.added]
     assert aspirin in [step.text for step in unsure.cards[0].steps], "the card itself is shown whole"
+
+
+@pytest.mark.parametrize("better, other, action, rule", [
+    ("stroke", "heart_attack", "Offer aspirin to chew if awake, not allergic and not bleeding.", "Do not give aspirin."),
+    ("snake_bite", "severe_bleeding", "Put a tourniquet above a limb wound that keeps bleeding, noting the time.", "Do not use a tourniquet or ice.")])
+def test_what_a_better_fitting_card_forbids_in_plain_words_is_struck_and_not_added(better, other, action, rule):
+    text = answer(action)
+    checked = guard(text, [CARDS[better], CARDS[other]], fits=2)
+    assert [(line.text, line.breaks, line.card_id) for line in checked.struck] == [(action, rule, better)]
+    assert action not in [step.text for step in checked.added] and steps_of(CARDS[better]) == [step.text for step in checked.added][:len(steps_of(CARDS[better]))]
+    assert not guard(text, [CARDS[other]]).struck, "alone it is right"
+    assert not guard(answer(*steps_of(CARDS[better])), [CARDS[better], CARDS[other]], fits=2).struck

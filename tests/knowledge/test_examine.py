@@ -110,6 +110,24 @@ def test_no_prohibitions(text: str) -> None:
     assert not examine(text, [CARDS["opioid_overdose"]]).prohibitions
 
 
+@pytest.mark.parametrize("card, rule, harmless, harmful", (
+    ("electric_shock", "Do not go near a fallen power line.", "Move to the back, away from the doors.", "Move up to the fallen line."),
+    ("earthquake", "Do not stand in a doorway or near windows.", "Move to the back, away from the doors.", "Move in the doorway."),
+    ("suicidal_crisis", "Do not leave a person in immediate danger alone.", "Leave with the children when the way is safe.", "Leave him for the night."),
+    ("choking_adult", "Do not give food or drink to wash it down.", "After every 30 presses give 2 gentle breaths over mouth and nose.", "Give a mouthful of bread."),
+    ("electrical_fire", "Do not use water while the power is on.", "Cool any burns under running water.", "Put water on it."),
+    ("snake_bite", "Do not cut or suck the bite.", "Press hard on the wound with a cloth or your hands.", "Press the poison out.")))
+def test_what_is_said_of_something_else_breaks_no_rule(card: str, rule: str, harmless: str, harmful: str) -> None:
+    found = [{each.rule: each.stance for each in examine(f"GUIDANCE\n• {text}", [CARDS[card]]).rules}[rule] for text in (harmless, harmful)]
+    assert found[0] != "affirmed" and found[1] == "affirmed"
+
+
+def test_a_denied_condition_forbids_no_action() -> None:
+    burn = CARDS["electrical_burn"]
+    assert not examine("GUIDANCE\n• Start CPR if they are not breathing normally.", [burn]).prohibitions
+    assert examine("GUIDANCE\n• Do not start CPR.", [burn]).prohibitions
+
+
 def test_a_country_decides_which_number_is_a_call() -> None:
     stroke = CARDS["stroke"]
     assert given_action("Call 119.", stroke, 1, country="JP") and given_action("Dial 112 now.", stroke, 1)

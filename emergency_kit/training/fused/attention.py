@@ -22,8 +22,9 @@ from emergency_kit.training.fused.tree import Node, Pass
 
 # Queries of one product, about: with fewer, products get small; with more, half of the last one's keys are in vain.
 BLOCK = 128
-# Tokens of a tile on a CPU's 16-bit matrix units.
-TILE = 32
+# Tokens of a tile on a CPU's 16-bit matrix units. Queries of a product fill whole tiles, the keys that they see KEY_TILES at once and a pass PASS_TILES:
+# each kind of shape that is left away is one that oneDNN need not compile (the default run: 504 products with 1 and 2, 292 with 2 and 4).
+TILE, KEY_TILES, PASS_TILES = 32, 2, 4
 
 
 @dataclass
@@ -53,8 +54,8 @@ def tile_of(on_gpu: bool, item_bytes: int) -> int:
 
 
 def padded(tokens: int, tile: int) -> int:
-    """Tokens that a pass is filled up to, so that its products have few shapes and each block of its attention finds whole tiles."""
-    return tokens if tile == 1 else whole(tokens + tile - 1, 2 * tile)
+    """Tokens that a pass is filled up to, so that its products have few shapes."""
+    return tokens if tile == 1 else whole(tokens, PASS_TILES * tile)
 
 
 def whole(number: int, tile: int) -> int:
@@ -64,14 +65,20 @@ def whole(number: int, tile: int) -> int:
 
 def plan_blocks(part: Pass, tile: int = 1) -> list[list[Block]]:
     """Blocks of about BLOCK queries of each node of a pass."""
-    plan = []
+    plan, seen_tile = [], tile if tile == 1 else KEY_TILES * tile
     for node in part.nodes:
         before = sum(end - start for start, end in node.ancestors)
         size = whole(-(-node.length // max(1, round(node.length / BLOCK))), tile)
         edges = [*range(0, node.length, size), node.length]
-        plan.append([Block(node.start + start, node.start + end, before + end, whole(end - start, tile), whole(before + end, tile))
+        plan.append([Block(node.start + start, node.start + end, before + end, whole(end - start, tile), whole(before + end, seen_tile))
                      for start, end in zip(edges, edges[1:])])
     return plan
+
+
+def reach(part: Pass, plan: list[list[Block]], tokens: int) -> int:
+    """Places that queries, keys and values need: those of the tokens, and what whole tiles reach beyond them, which is zero."""
+    ends = ((node.end + blocks[-1].seen - blocks[-1].keys, blocks[-1].start + blocks[-1].rows) for node, blocks in zip(part.nodes, plan))
+    return max((tokens, *(max(pair) for pair in ends)))
 
 
 def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, out: Tensor, scratch: Any) -> None:
@@ -178,7 +185,7 @@ def _give_back(node: Node, gradient: Tensor, own: Tensor, shared: Tensor, add: b
 
 @functools.cache
 def _whole_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((2 * BLOCK, 2 * BLOCK), float("-inf"), dtype=dtype, device=device).triu(1)
+    return torch.full((2 * BLOCK, 2 * BLOCK + KEY_TILES * TILE), float("-inf"), dtype=dtype, device=device).triu(1)
 
 
 def _mask(rows: int, columns: int, like: Tensor) -> Tensor:

@@ -96,25 +96,27 @@ class Layer:
         groups = {"qkv": self.qkv, "o": self.o, "gate_up": self.gate_up, "down": self.down}
         return {name: linears.draw(tokens, masks) for name, linears in groups.items()}
 
-    def keys(self, x: Tensor, saved: Saved, rotation: Rotation, scratch: Buffers, kept: Buffers, slot: str) -> None:
-        """Norm, q, k and v with their rotation, into `saved`."""
+    def keys(self, x: Tensor, saved: Saved, rotation: Rotation, reach: int, scratch: Buffers, kept: Buffers, slot: str) -> None:
+        """Norm, q, k and v with their rotation, into `saved`. reach: see `attention.reach`; the places beyond the tokens are zero."""
         tokens = len(x)
         h = self._normed(x, self.norm1, "r1", saved, self.qkv, scratch, kept, slot)
         qkv = scratch("qkv", tokens, self.qkv.outputs)
         self.qkv.forward(h, saved.read["qkv"], qkv, scratch)
         saved.z["qkv"] = kept(slot + "z qkv", tokens, self.qkv.ranks).copy_(h[:, self.qkv.inputs:])
-        saved.q, saved.k, saved.v = (kept(slot + name, self.key_heads * copies, tokens, self.width) for name, copies in zip("qkv", (self.group, self.copies, self.copies)))
+        saved.q, saved.k, saved.v = (kept(slot + name, self.key_heads * copies, reach, self.width) for name, copies in zip("qkv", (self.group, self.copies, self.copies)))
+        for filled in (saved.q, saved.k, saved.v) if reach > tokens else ():
+            filled[:, tokens:] = 0
         q, k, v = self._split(qkv)
-        elementwise.rotate(q, rotation.q_cos, rotation.q_sin, self._by_token(saved.q))
-        elementwise.rotate(k, rotation.k_cos, rotation.k_sin, self._by_token(saved.k))
-        self._by_token(saved.v).copy_(v)
+        elementwise.rotate(q, rotation.q_cos, rotation.q_sin, self._by_token(saved.q[:, :tokens]))
+        elementwise.rotate(k, rotation.k_cos, rotation.k_sin, self._by_token(saved.k[:, :tokens]))
+        self._by_token(saved.v[:, :tokens]).copy_(v)
 
     def forward(self, part: Pass, plan: Blocks, x: Tensor, above: Keys | None, rotation: Rotation,
                 read: dict[str, Tensor | None], scratch: Buffers, kept: Buffers, slot: str, out: Tensor | None) -> Saved:
         """Output (tokens, width of the model) into out, None where only what is kept is wanted; read: from `draw`; slot: prefix of the
         names of what is kept."""
         tokens, saved = len(x), Saved(x, read)
-        self.keys(x, saved, rotation, scratch, kept, slot)
+        self.keys(x, saved, rotation, attention.reach(part, plan, tokens), scratch, kept, slot)
         saved.attended = kept(slot + "attended", tokens, self.o.inputs + self.o.ranks)
         attended = self._by_head(saved.attended[:, :self.o.inputs])
         if self.flash:
@@ -156,16 +158,16 @@ class Layer:
 
     def backward_keys(self, saved: Saved, dq: Tensor | None, dk: Tensor, dv: Tensor, rotation: Rotation, scratch: Buffers,
                       dx: Tensor, need_input: bool) -> None:
-        """From the gradients of q, k and v to that of the input, added to dx. dq None: no query was used."""
+        """From the gradients of q, k and v, of which the tokens' are read, to that of the input, added to dx. dq None: no query was used."""
         tokens = len(dx)
         dqkv = scratch("qkv", tokens, self.qkv.outputs)
         into_q, into_k, into_v = self._split(dqkv)
         if dq is None:
             into_q.zero_()
         else:
-            elementwise.rotate(self._by_token(dq), rotation.q_cos, rotation.q_sin, into_q, back=True)
-        elementwise.rotate(self._summed(dk), rotation.k_cos, rotation.k_sin, into_k, back=True)
-        into_v.copy_(self._summed(dv))
+            elementwise.rotate(self._by_token(dq[:, :tokens]), rotation.q_cos, rotation.q_sin, into_q, back=True)
+        elementwise.rotate(self._summed(dk[:, :tokens]), rotation.k_cos, rotation.k_sin, into_k, back=True)
+        into_v.copy_(self._summed(dv[:, :tokens]))
         h = self._again(saved.x, saved.r1, self.norm1, self.qkv, saved.z["qkv"], scratch)
         dh = self.qkv.backward(dqkv, h, saved.read["qkv"], scratch("dh", tokens, self.qkv.inputs + self.qkv.ranks), scratch)
         if need_input:

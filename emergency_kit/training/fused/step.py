@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training.fused.attention import Keys, padded, plan_blocks, tile_of, whole
+from emergency_kit.training.fused.attention import Keys, padded, plan_blocks, reach, tile_of, whole
 from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
@@ -131,7 +131,7 @@ class FusedStep:
             if index == last:
                 # Nothing of the shared pass is predicted from: its last layer is only looked at.
                 one = Saved(x, read)
-                layer.keys(x, one, tokens.rotation, self.scratch, kept, slot)
+                layer.keys(x, one, tokens.rotation, reach(tokens.part, tokens.blocks, len(x)), self.scratch, kept, slot)
             else:
                 out = kept(slot + "x", *x.shape)
                 one = layer.forward(tokens.part, tokens.blocks, x, None, tokens.rotation, read, self.scratch, kept, slot, out)
