@@ -18,7 +18,8 @@ from emergency_kit.config import Resolved
 from emergency_kit.export.merge import load_merged, on_cpu
 from emergency_kit.export.progress import report_while
 from emergency_kit.export.weights import Weights
-from emergency_kit.inference.engine import Engine, Generated, Messages
+from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.model import backend
 from emergency_kit.model.process_memory import available_bytes
 from emergency_kit.model.backend import Loaded
