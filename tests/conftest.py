@@ -8,7 +8,7 @@ import pytest
 
 # The longest files, longest first: a worker that comes upon one of them last leaves the other idle.
 LONGEST = ("tests/test_cli.py", "tests/storm/test_manners.py", "tests/export/test_gguf.py", "tests/training/test_trainer.py", "tests/storm/test_world.py",
-           "tests/training/test_ranks.py", "tests/training/test_options.py", "tests/inference/test_chat.py", "tests/inference/test_page.py", "tests/storm/test_faults.py", "tests/training/test_bundled_run.py",
+           "tests/training/test_ranks.py", "tests/test_architecture.py", "tests/training/test_options.py", "tests/inference/test_chat.py", "tests/inference/test_page.py", "tests/storm/test_faults.py", "tests/training/test_bundled_run.py",
            "tests/inference/test_server.py", "tests/kit/test_browser.py", "tests/inference/test_llama_engine.py", "tests/storm/test_kills.py")
 
 

@@ -199,5 +199,12 @@ def _table_rows(path: File, batches: Any) -> Iterator[Row]:
 
 
 READERS: dict[str, Callable[[File, Any], Iterator[Row]]] = {
-    ".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
 """What can be read, by the ending of a file's name: the one place that a new format is entered in."""

@@ -22,12 +22,11 @@ from emergency_kit.model.process_memory import available_bytes, resident_bytes
 from emergency_kit.model.shape import NF4_BYTES, Shape, load_shape
 from emergency_kit.training import memory
 from emergency_kit.training.memory import SHARE_OF_FREE, SHARE_OF_FREE_GPU, Setting
-from emergency_kit.training.fused.step import pass_limits
+from emergency_kit.training.fused.step import FAMILIES, pass_limits
 from emergency_kit.training.schedule import interval, pass_rows, step_rows
 
 # A device is not filled to the brim: the desktop, the driver and what was not foreseen need some.
 USABLE = 0.95
-FAMILIES = ("llama", "mistral", "qwen2")  # of the fused engine
 TOKENIZER_BYTES = 5_000_000
 # What matrix products reach of a card's peak and everything else of its bandwidth, and seconds of the processor to start a layer's work forward and
 # back, under which no pass gets: fitted to the fused engine's steps on an H200 (benchmarks/RESULTS.md, Mistral-7B on a GPU); other cards were not measured.
