@@ -9,6 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.model.head import find_head
 from emergency_kit.training import end_to_end, loss, preference
 from emergency_kit.training.trainer import collate
 
@@ -104,6 +105,15 @@ def test_what_a_family_does_to_its_logits_is_part_of_the_loss(rows: list[dict[st
         assert model(**batch, compared=batch["labels"])["log_probs"].tolist() == pytest.approx(total["pairs"], rel=1e-4)
     assert torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(model(input_ids=batch["input_ids"][:1]).logits, plain(input_ids=batch["input_ids"][:1]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind, plain", [("llama", True), ("mistral", True), ("qwen2", True), ("qwen3", True), ("granite", False), ("gemma2", False)])
+def test_the_head_alone_is_taken_where_it_is_all_there_is(kind: str, plain: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=512, hidden_size=256, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                                                                  num_key_value_heads=2, **({"logits_scaling": 8.0} if kind == "granite" else {})), dtype=dtype)
+    assert (find_head(model) is model.lm_head) == plain
 
 
 def test_a_mean_of_micro_batch_means_would_be_another_number(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> None:
