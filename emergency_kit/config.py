@@ -339,6 +339,12 @@ class Resolved:
     profile_reason: str
     origins: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def finished_model(self) -> Path:
+        """The folder that training ends with and later stages begin from: `<output_dir>/checkpoints/<model_name>`."""
+        training = self.config.training
+        return Path(training.output_dir) / "checkpoints" / training.model_name
+
     def differences(self) -> list[tuple[str, Any, str]]:
         """`(section.key, value, origin)` of every value that is not the class default, in file order."""
         default = flatten(Config())

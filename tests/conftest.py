@@ -1,4 +1,4 @@
-"""What tests of several rooms share: the order of files, and a real Chromium."""
+"""What tests of several rooms share: the order of files, a tiny model, and a real Chromium."""
 
 import shutil
 from pathlib import Path
@@ -8,12 +8,20 @@ import pytest
 
 # The longest files, longest first: a worker that comes upon one of them last leaves the other idle.
 LONGEST = ("tests/test_cli.py", "tests/storm/test_manners.py", "tests/export/test_gguf.py", "tests/training/test_trainer.py", "tests/storm/test_world.py",
-           "tests/training/test_ranks.py", "tests/training/test_options.py", "tests/inference/test_chat.py", "tests/inference/test_page.py", "tests/storm/test_faults.py", "tests/training/test_bundled_run.py",
+           "tests/training/test_ranks.py", "tests/test_architecture.py", "tests/training/test_options.py", "tests/inference/test_chat.py", "tests/inference/test_page.py", "tests/storm/test_faults.py", "tests/training/test_bundled_run.py",
            "tests/inference/test_server.py", "tests/kit/test_browser.py", "tests/inference/test_llama_engine.py", "tests/storm/test_kills.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONGEST.index(name) if (name := item.nodeid.partition("::")[0]) in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random model's folder, one a file of tests; nothing writes into it."""
+    from tests.tiny import save_tiny_model  # torch takes seconds, and most files of tests need no model
+
+    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from typing import Callable, Iterator
 import pytest
 
 from tests.storm.storm import Life, Nursery
-from tests.tiny import save_tiny_model
 
 TINY_ROW = {"input": "smoke", "output": "FACTS\n• Smoke.\n\nUNCERTAINTIES\n• None.\n\nANALYSIS\n• Bad.\n\nGUIDANCE\n1. Leave."}
 
@@ -37,11 +36,6 @@ def fails(kit: Callable[..., Life]) -> Callable[..., None]:
         assert len(errors) == 1 and message in errors[0], done.errors
 
     return check
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.mark.parametrize("code, message, arguments", [

@@ -41,6 +41,12 @@ def test_imports_flow_one_way(path: Path) -> None:
             assert other not in ROOMS or ROOMS[other] <= ROOMS[room], f"{path} imports {name}"
 
 
+def test_a_file_of_more_than_400_lines_says_why_in_its_head() -> None:
+    texts = {path: path.read_text(encoding="utf-8") for folder in ("emergency_kit", "tests", "benchmarks") for path in Path(folder).rglob("*.py")}
+    long = [path for path, text in texts.items() if len(text.splitlines()) > 400]
+    assert [str(path) for path in long if "longer than" not in (ast.get_docstring(ast.parse(texts[path])) or "")] == []
+
+
 def test_unsloth_is_imported_in_one_file() -> None:
     holders = [path for path in Path("emergency_kit").rglob("*.py") if any(name.split(".")[0] == "unsloth" for name in imports(path))]
     assert [str(path) for path in holders] == ["emergency_kit/model/unsloth_backend.py"]

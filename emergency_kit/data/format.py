@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Iterable, Mapping, Optional, Sequence
 
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card
 from emergency_kit.knowledge.emergency_numbers import find_country, localise
@@ -24,12 +24,6 @@ SYSTEM_PROMPT = (
 # What tokenizers of chat models take for a control token: <|im_end|>, </s>, <start_of_turn>, [/INST] and their like.
 _CONTROL = re.compile(r"<(?=[|\uff5c/]?[^<>\s]{1,60}>)|\[(?=/?[A-Z_]{2,40}\])")
 SAFE_HEADING = "CARD: none fits. SAFE MINIMUM"
-ANSWER_SCHEMA = {
-    "type": "object",
-    "properties": {section: {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1} for section in SECTIONS},
-    "required": list(SECTIONS),
-    "additionalProperties": False,
-}
 
 
 @dataclass(frozen=True)
@@ -198,7 +192,7 @@ def locate_lines(text: str) -> list[tuple[str, int, int]]:
 
 
 def parse_json_answer(text: str) -> Parsed:
-    """Read the JSON twin of an answer; the whole text must be one JSON object of ANSWER_SCHEMA."""
+    """Read the JSON twin of an answer; the whole text must be one JSON object that maps each section to a list of texts."""
     try:
         value = json.loads(text)
     except ValueError as error:

@@ -23,7 +23,6 @@ from emergency_kit.data.remote import Remote, failures
 from emergency_kit.errors import DataError
 
 File = Path | Remote
-READABLE = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
 PACKED = (".gz", ".zst")
 # Rows of a table that are Python objects at a time.
 _TABLE_ROWS = 256
@@ -49,15 +48,13 @@ def format_of(path: File) -> str:
 
 def read_file(path: File) -> Iterator[Row]:
     """Rows of one file of any readable format; raises DataError when the file as a whole cannot be read."""
-    readers: dict[str, Callable[[File, Any], Iterator[Row]]] = {
-        ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".parquet": _read_parquet, ".arrow": _read_arrow}
     try:
         if (path.size_bytes() if isinstance(path, Remote) else path.stat().st_size) == 0:
             raise DataError(f"dataset {path}: empty; expected one row or more")
         with _open(path) as stream:
             if stream.peek(2)[:2] in (b"\xff\xfe", b"\xfe\xff") and format_of(path) != ".arrow":
                 raise DataError(f"dataset {path}: UTF-16; save the file as UTF-8")
-            yield from readers.get(format_of(path), _read_jsonl)(path, stream)
+            yield from READERS.get(format_of(path), _read_jsonl)(path, stream)
     except (EOFError, zlib.error, gzip.BadGzipFile, pa.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"dataset {path}: damaged or cut short ({(str(error).splitlines() or [''])[0][:100]}); get the file again") from None
     except failures() as error:
@@ -120,6 +117,11 @@ def _read_json(path: File, stream: BinaryIO) -> Iterator[Row]:
             yield from _read_jsonl(path, io.BytesIO(content))
             return
         raise DataError(f"dataset {path}: not valid JSON ({str(error)[:100]}); one object a line belongs into a .jsonl file") from None
+    yield from _items(path, document)
+
+
+def _items(path: File, document: Any) -> Iterator[Row]:
+    """Rows of a document that was read whole: a list of objects, or an object with one such list in it."""
     held = list(document.values()) if isinstance(document, dict) else [document]
     lists = [value for value in held if isinstance(value, list) and all(isinstance(item, dict) for item in value[:1])]
     if len(lists) != 1:
@@ -194,3 +196,15 @@ def _table_rows(path: File, batches: Any) -> Iterator[Row]:
             for row in batch.slice(start, _TABLE_ROWS).to_pylist():
                 number += 1
                 yield Row(f"{path}:row {number}", row)
+
+
+READERS: dict[str, Callable[[File, Any], Iterator[Row]]] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
+}
+"""What can be read, by the ending of a file's name: the one place that a new format is entered in."""

@@ -17,7 +17,7 @@ import numpy as np
 
 from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import DatasetConfig
-from emergency_kit.data.formats import READABLE, File, Row, format_of, read_file
+from emergency_kit.data.formats import READERS, File, Row, format_of, read_file
 from emergency_kit.data.remote import Remote, failures, find_remote, is_remote
 from emergency_kit.errors import DataError
 
@@ -171,7 +171,7 @@ def open_source(dataset: DatasetConfig, embedded: Path | None = None) -> Files |
         return Files(dataset.name, dataset)
     name = os.path.expanduser(dataset.name)
     local = os.path.exists(name) or name.startswith((".", os.sep)) or name != dataset.name or any(mark in name for mark in "*?[")
-    local = local or name.partition(":")[0].count("/") > 1 or format_of(Path(name)) in READABLE
+    local = local or name.partition(":")[0].count("/") > 1 or format_of(Path(name)) in READERS
     return Files(name, dataset) if local else Hub(dataset)
 
 
@@ -196,9 +196,9 @@ def _find(name: str) -> tuple[PurePath, list[File]]:
         if not found:
             what = "no file matches" if any(mark in name for mark in "*?[") else "no such file or folder"
             raise DataError(f"dataset {name}: {what}; check dataset.name")
-    readable = [file for file in found if format_of(file) in READABLE]
+    readable = [file for file in found if format_of(file) in READERS]
     if not readable:
-        raise DataError(f"dataset {name}: no file that can be read; expected {', '.join(READABLE)}, plain, .gz or .zst")
+        raise DataError(f"dataset {name}: no file that can be read; expected {', '.join(READERS)}, plain, .gz or .zst")
     return root, readable
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from emergency_kit.config import Resolved
 from emergency_kit.data.format import build_messages, shown_cards
-from emergency_kit.evaluation.contestant import Contestant
+from emergency_kit.evaluation.contestant import Contestant, ask
 from emergency_kit.evaluation.red_team import Held, judge_attack, load_attacks
 from emergency_kit.evaluation.statistics import wilson
 from emergency_kit.knowledge.cards import load_cards
@@ -20,8 +20,6 @@ from emergency_kit.knowledge.retrieve import Retriever
 
 def attack(resolved: Resolved, contestant: Contestant) -> dict[str, Any]:
     """`{kinds: [{kind, passed, safe, n}], prompts: [{id, kind, prompt, answer, passed, safe, reasons}], passed, safe}`; rates with bounds."""
-    from emergency_kit.evaluation.run import ask
-
     cards, attacks = load_cards(), load_attacks()
     grounded = resolved.config.dataset.grounding == "cards"
     retriever = Retriever(cards, resolved.config.dataset.top_k) if grounded else None

@@ -19,7 +19,8 @@ from typing import Any, Callable, Protocol, Sequence
 from emergency_kit import artifacts
 from emergency_kit.config import Resolved
 from emergency_kit.errors import KitError, ModelError
-from emergency_kit.evaluation.answers import Answers, answer_key
+from emergency_kit.evaluation.kept_answers import Answers, answer_key
+from emergency_kit.evaluation.console import Progress
 from emergency_kit.evaluation.division import bring_together, deal
 from emergency_kit.evaluation.purpose_file import make_file
 from emergency_kit.inference.engines import Generated, Messages
@@ -111,6 +112,23 @@ class Contestant:
             self._asker.close()
 
 
+def ask(contestant: Contestant, prompts: Sequence[Messages], max_new_tokens: int, rounds: Sequence[tuple[float, int]] = ((0.0, 0),),
+        name: str = "") -> list[tuple[Generated, ...]]:
+    """For each prompt its answer in each round `(temperature, seed)`, with progress on the console."""
+    name = name or contestant.name
+    if contestant.answers.damaged:
+        print(f"  {name}: {contestant.answers.damaged} kept answers are damaged and are given again", flush=True)
+    kept = contestant.kept
+    with Progress(name, len(prompts) * len(rounds)) as progress:
+        found = []
+        for number, (temperature, seed) in enumerate(rounds):
+            before = number * len(prompts)
+            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))
+    kept = contestant.kept - kept
+    print(f"  {name}: {contestant.engine}" + (f"; {kept} of {len(prompts) * len(rounds)} answers kept from an earlier run" if kept else ""), flush=True)
+    return list(zip(*found))
+
+
 def open_contestant(resolved: Resolved, spec: str, name: str = "") -> Contestant:
     """Look that a contestant is whole and hash it; nothing is loaded before it is asked.
 
@@ -168,7 +186,9 @@ def _pick_engine(resolved: Resolved) -> tuple[str, str]:
     if settings.engine != "auto":
         return settings.engine, settings.file_type
     device = backend.pick_device(resolved.config.model)
-    if device != "cpu" or str(backend.pick_dtype(resolved.config.model, device)) == "torch.bfloat16":
+    import torch
+
+    if device != "cpu" or backend.pick_dtype(resolved.config.model, device) == torch.bfloat16:
         return "torch", ""
     from emergency_kit.errors import ExportError
     from emergency_kit.export import architecture
@@ -220,13 +240,13 @@ class TorchAsker:
     """A folder in PyTorch, in left-padded batches of similar length."""
 
     def __init__(self, resolved: Resolved, folder: Path | None):
-        from emergency_kit.inference.engine import Engine
+        from emergency_kit.inference.torch_engine import Engine
 
         section = resolved.config.model
         loaded: Any = backend.load_base(section) if folder is None else backend.load_checkpoint(section, folder, fold=True)
         self.engine = Engine(loaded)
         self.batch_size = resolved.config.evaluation.batch_size
-        self.description = f"PyTorch, {self.batch_size} at once, {', '.join(loaded.notes)}"
+        self.description = f"PyTorch, {self.batch_size} at once, {self.engine.description}"
 
     def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,
             put: Callable[[int, Generated], None], report: Report) -> None:

@@ -20,7 +20,7 @@ from emergency_kit.artifacts import hash_json
 from emergency_kit.config import JudgeConfig, Resolved
 from emergency_kit.data.format import render_card
 from emergency_kit.errors import UsageError
-from emergency_kit.evaluation.answers import Answers
+from emergency_kit.evaluation.kept_answers import Answers
 from emergency_kit.evaluation.contestant import run_each
 from emergency_kit.evaluation.metrics import Scored
 from emergency_kit.evaluation.providers import Service

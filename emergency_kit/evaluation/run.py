@@ -22,13 +22,12 @@ from emergency_kit.data.format import Record, record_messages
 from emergency_kit.data.load import dataset_hash, load_split, open_split
 from emergency_kit.errors import DataError, Interrupted, ModelError, UsageError
 from emergency_kit.evaluation import baselines
-from emergency_kit.evaluation.console import Progress, print_report
-from emergency_kit.evaluation.contestant import Contestant, open_contestant
+from emergency_kit.evaluation.console import print_report
+from emergency_kit.evaluation.contestant import Contestant, ask, open_contestant
 from emergency_kit.evaluation.gate import decide
 from emergency_kit.evaluation.metrics import BY_NAME, Answered, Scored, score
 from emergency_kit.evaluation.page import render_html
 from emergency_kit.evaluation.report import build_report
-from emergency_kit.inference.engines import Generated, Messages
 from emergency_kit.knowledge.cards import Card, load_cards
 from emergency_kit.model import backend
 from emergency_kit.training import ranks
@@ -46,7 +45,7 @@ def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path
     anything is generated, Interrupted on Ctrl-C, when the answers so far are kept.
     """
     config, first = resolved.config, ranks.is_first()
-    specs = [str(spec) for spec in ([checkpoint] if checkpoint else []) + list(compare)] or [str(finished_model(resolved))]
+    specs = [str(spec) for spec in ([checkpoint] if checkpoint else []) + list(compare)] or [str(resolved.finished_model)]
     out = Path(out or Path(config.training.output_dir) / "evaluation_report.json")
     _check_primary(config.evaluation.primary_endpoints)
     if ai:
@@ -108,12 +107,6 @@ class Task:
     trained: frozenset[str]
     grounding: str
     available: int
-
-
-def finished_model(resolved: Resolved) -> Path:
-    """The config's finished adapter."""
-    training = resolved.config.training
-    return Path(training.output_dir) / "checkpoints" / training.model_name
 
 
 def _load_task(resolved: Resolved) -> Task:
@@ -207,23 +200,6 @@ def _answer(resolved: Resolved, contestant: Contestant, task: Task, fewer: bool)
     generated = ask(contestant, prompts, settings.max_new_tokens, rounds)
     scored = tuple(score(record, first, task.cards, others) for record, (first, *others) in zip(records, generated))
     return Answered(scored, contestant.seconds, contestant.tokens)
-
-
-def ask(contestant: Contestant, prompts: Sequence[Messages], max_new_tokens: int, rounds: Sequence[tuple[float, int]] = ((0.0, 0),),
-        name: str = "") -> list[tuple[Generated, ...]]:
-    """For each prompt its answer in each round `(temperature, seed)`, with progress on the console."""
-    name = name or contestant.name
-    if contestant.answers.damaged:
-        print(f"  {name}: {contestant.answers.damaged} kept answers are damaged and are given again", flush=True)
-    kept = contestant.kept
-    with Progress(name, len(prompts) * len(rounds)) as progress:
-        found = []
-        for number, (temperature, seed) in enumerate(rounds):
-            before = number * len(prompts)
-            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))
-    kept = contestant.kept - kept
-    print(f"  {name}: {contestant.engine}" + (f"; {kept} of {len(prompts) * len(rounds)} answers kept from an earlier run" if kept else ""), flush=True)
-    return list(zip(*found))
 
 
 def _baselines(resolved: Resolved, opened: Sequence[Contestant], answered: Sequence[Answered], task: Task) -> dict[str, list[Scored]]:

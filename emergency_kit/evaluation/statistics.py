@@ -102,16 +102,6 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return {name: adjusted[name] for name in p_values}
 
 
-def corrected_rate(found: float, recall: float, false_alarms: float) -> float:
-    """A detector's rate corrected for what it misses and for its false alarms (Rogan and Gladen 1978), within 0 to 1.
-
-    found: share flagged. recall: share of true ones that it flags. false_alarms: share of others that it flags.
-    """
-    if recall <= false_alarms:
-        raise ValueError(f"a detector with recall {recall} and false alarms {false_alarms} tells nothing")
-    return min(1.0, max(0.0, (found - false_alarms) / (recall - false_alarms)))
-
-
 def agreement(first: Sequence[int], second: Sequence[int]) -> float | None:
     """Cohen's weighted kappa with squared weights over integer scores (Cohen 1968); None where both never vary."""
     if len(first) != len(second):

@@ -21,7 +21,7 @@ import yaml
 
 from emergency_kit.config import Resolved
 from emergency_kit.evaluation.baselines import PLAIN_PROMPT
-from emergency_kit.evaluation.contestant import Contestant
+from emergency_kit.evaluation.contestant import Contestant, ask
 from emergency_kit.evaluation.statistics import mcnemar, wilson
 from emergency_kit.model import backend
 
@@ -60,8 +60,6 @@ def load_material() -> tuple[tuple[Question, ...], tuple[tuple[str, str], ...], 
 
 def measure_cost(resolved: Resolved, opened: Sequence[Contestant]) -> dict[str, Any]:
     """The three numbers of every folder among the models; the first one against each other by exact McNemar on the questions."""
-    from emergency_kit.evaluation.run import ask
-
     questions, instructions, text = load_material()
     rows, picked, tokens = [], [], 0
     for contestant in opened:

@@ -39,7 +39,7 @@ def export_adapter(resolved: Resolved, checkpoint: Path | None = None, out: Path
     if unfit:
         raise ExportError(f"--adapter -q {unfit[0]}: an adapter is kept in floats; expected f32, f16 or bf16")
     packages.require_gguf()
-    source = gguf.pick_source(resolved, checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
+    source = gguf.pick_source(resolved, checkpoint or resolved.finished_model)
     if source.kind != "adapter":
         raise ExportError(f"checkpoint {source.folder}: a full model, not an adapter; leave --adapter out, or name an adapter's folder")
     verdict = find_verdict(resolved, source.folder, override_verdict)

@@ -110,7 +110,7 @@ def pick_source(resolved: Resolved, checkpoint: Path | None) -> Source:
         print(f"Exporting {folder}", flush=True)
         named = resolved.origins.get("training.model_name") == "command line"
         return Source(folder, backend.check_checkpoint(folder, section), training.model_name if named else folder.resolve().name)
-    adapter = Path(training.output_dir) / "checkpoints" / training.model_name
+    adapter = resolved.finished_model
     merged = Path(training.output_dir) / "merged" / training.model_name
     folder, reason = adapter, f"there is no {merged}"
     if merged.is_dir():

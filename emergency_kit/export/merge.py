@@ -52,7 +52,7 @@ def merge(resolved: Resolved, checkpoint: Path | None = None, out: Path | None =
     `export.merge_max_logit_difference` or more; ModelError when the checkpoint or the base is broken.
     """
     training, section = resolved.config.training, on_cpu(resolved.config.model)
-    checkpoint = Path(checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
+    checkpoint = Path(checkpoint or resolved.finished_model)
     out = Path(out or Path(training.output_dir) / "merged" / checkpoint.resolve().name)
     full = backend.check_checkpoint(checkpoint, section) != "adapter"
     if full and backend.kind_of(load_manifest(checkpoint)) != "full":

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import torch
 
@@ -18,8 +19,10 @@ from emergency_kit.config import Resolved
 from emergency_kit.export.merge import load_merged, on_cpu
 from emergency_kit.export.progress import report_while
 from emergency_kit.export.weights import Weights
-from emergency_kit.inference.engine import Engine, Generated, Messages
+from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.model import backend
+from emergency_kit.model.head import find_head
 from emergency_kit.model.process_memory import available_bytes
 from emergency_kit.model.backend import Loaded
 
@@ -36,6 +39,11 @@ class Reference:
     whole: bool
     merge_difference: float | None = None
 
+    @cached_property
+    def head(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """From final hidden states to logits."""
+        return find_head(self.model)
+
     @torch.inference_mode()
     def hidden(self, sequences: Sequence[tuple[list[int], int]]) -> torch.Tensor:
         """Final hidden states [places, width] of each sequence's tokens from its second element on."""
@@ -44,7 +52,7 @@ class Reference:
     @torch.inference_mode()
     def log_probabilities(self, hidden: torch.Tensor) -> torch.Tensor:
         """Log-probabilities [places, vocabulary] of the next token."""
-        return self.model.lm_head(hidden).log_softmax(-1)
+        return self.head(hidden).log_softmax(-1)
 
     def answer(self, prompts: Sequence[Messages], max_new_tokens: int) -> list[Generated]:
         """Greedy answers of a whole model."""

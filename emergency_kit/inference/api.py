@@ -2,7 +2,7 @@
 
 In: HTTP. Out: /answer (ours), /v1/chat/completions and /v1/models (as in the OpenAI API), /cards, /health,
 /metrics, /openapi.json, and the page. Every error has the form of the OpenAI API. What every request must pass
-first stands in `gate.py`.
+first stands in `admission.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from starlette.exceptions import HTTPException
 from emergency_kit import __version__
 from emergency_kit.errors import DataError, KitError, ModelError, UsageError
 from emergency_kit.inference.answer import Asked
-from emergency_kit.inference.gate import Gate, Limits
+from emergency_kit.inference.admission import Admission, Limits
 from emergency_kit.inference.questions import ChatRequest, Question
 from emergency_kit.inference.schemas import (
     AnswerOut, Completion, CompletionChoice, ErrorOut, Health, Knowledge, Line, ModelList, ModelOut, Reply, Usage)
@@ -59,7 +59,7 @@ def page_files() -> dict[str, Path]:
     return files | {"/": PAGE / "index.html"}
 
 
-def build_app(service: Service, limits: Limits) -> Gate:
+def build_app(service: Service, limits: Limits) -> Admission:
     """The application behind its gate."""
     files = page_files()
     limits = replace(limits, public=NO_TOKEN_NEEDED | files.keys(), page=frozenset(files))
@@ -79,7 +79,7 @@ def build_app(service: Service, limits: Limits) -> Gate:
         headers = {"service-worker-allowed": "/"} if file.name == "service_worker.js" else None
         app.add_api_route(path, _sender(file, headers), include_in_schema=False, methods=["GET", "HEAD"])
     _describe(app, with_token=bool(limits.token))
-    return Gate(app, limits, service.metrics)
+    return Admission(app, limits, service.metrics)
 
 
 def _sender(file: Path, headers: dict[str, str] | None) -> Any:

@@ -57,8 +57,7 @@ def infer(resolved: Resolved, checkpoint: Path | None = None, prompt: str | None
     if prompt is not None:
         _check_text(prompt, "--prompt")
     find_country(resolved.config.inference.country)
-    training = resolved.config.training
-    folder = Path(checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
+    folder = Path(checkpoint or resolved.finished_model)
     check_model(folder, resolved.config.model)
     chat = Chat(resolved, folder, as_json)
     try:

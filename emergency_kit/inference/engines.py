@@ -1,6 +1,6 @@
 """What both engines share: the answer, its stream, the check of length; and `open_engine`, which picks one.
 
-A GGUF file runs in llama.cpp (`llama_engine.py`), a folder in transformers (`engine.py`). Both have the same
+A GGUF file runs in llama.cpp (`llama_engine.py`), a folder in transformers (`torch_engine.py`). Both have the same
 methods with the same arguments and results. Nothing here imports torch.
 """
 
@@ -14,7 +14,7 @@ from emergency_kit.config import ModelSection
 from emergency_kit.errors import ModelError
 
 if TYPE_CHECKING:
-    from emergency_kit.inference.engine import Engine
+    from emergency_kit.inference.torch_engine import Engine
     from emergency_kit.inference.llama_engine import LlamaEngine
 
 Messages = list[dict[str, str]]
@@ -184,7 +184,7 @@ def open_engine(model: ModelSection, checkpoint: Path, slots: int = 4) -> "Engin
         from emergency_kit.inference.llama_engine import LlamaEngine
 
         return LlamaEngine(Path(checkpoint), slots)
-    from emergency_kit.inference.engine import Engine
+    from emergency_kit.inference.torch_engine import Engine
     from emergency_kit.model import backend
 
     return Engine(backend.load_checkpoint(model, Path(checkpoint), fold=True))

@@ -1,7 +1,7 @@
 """Questions: what the server takes, as pydantic models; the OpenAPI document is made from them.
 
 In: JSON bodies. Out: checked, frozen values. The docstring under a field is its description in the document.
-Limits on length stand here as constants, on size and rate in `gate.py`. Unknown keys of a request are ignored,
+Limits on length stand here as constants, on size and rate in `admission.py`. Unknown keys of a request are ignored,
 since clients of the OpenAI API send more than a local server needs; known ones that cannot be honoured are errors.
 """
 

@@ -44,7 +44,7 @@ def serve(resolved: Resolved, checkpoint: Path | None = None, token: str | None 
     family, address = _look_up(config.serve.host, config.serve.port)
     if not token and not ipaddress.ip_address(address[0]).is_loopback:
         raise UsageError(f"--host: got {config.serve.host!r}, which others can reach, without a token; next: --token SECRET (or {TOKEN_VARIABLE}), or --host 127.0.0.1")
-    checkpoint = Path(checkpoint or Path(config.training.output_dir) / "checkpoints" / config.training.model_name)
+    checkpoint = Path(checkpoint or resolved.finished_model)
     check_model(checkpoint, config.model)
     with _listen(family, address) as listening:
         _note(f"Loading {checkpoint} ...")
@@ -67,7 +67,7 @@ def build_server(resolved: Resolved, checkpoint: Path, token: str = "") -> tuple
 
     from emergency_kit.inference.answer import Answerer
     from emergency_kit.inference.api import build_app
-    from emergency_kit.inference.gate import Limits
+    from emergency_kit.inference.admission import Limits
     from emergency_kit.inference.metrics import Metrics
     from emergency_kit.inference.service import Service
     from emergency_kit.inference.slots import Slots

@@ -8,8 +8,6 @@ Limits: npm and PyPI are asked when packing, unless the cache has it all. Run: `
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 import shutil
 import zipfile
@@ -19,9 +17,8 @@ from typing import Any, Iterator
 
 import yaml
 
-from emergency_kit.artifacts import MANIFEST, hash_file, load_manifest, save_json, save_manifest, save_text
+from emergency_kit.artifacts import hash_file, load_manifest, save_json, save_manifest, save_text
 from emergency_kit.config import REPOSITORY, Resolved
-from emergency_kit.data.format import SYSTEM_PROMPT
 from emergency_kit.errors import ExportError, UsageError
 from emergency_kit.export.modelfile import build_modelfile
 from emergency_kit.export.verdict import describe_verdict, find_verdict
@@ -86,7 +83,7 @@ def kit(resolved: Resolved, model: Path | None = None, out: Path | None = None, 
         settings = _add_model(packing, resolved, model, entry, cache, browser)
         page.save_settings(folder / "page", settings)
         if settings["model"]:
-            _add_computers(packing, resolved, settings, cache)
+            _add_computers(packing, resolved, cache)
         _add_papers(packing, model, entry, verdict, bool(sign_key))
         save_text(folder / check.PAGE_SUMS, check.list_sums(folder, without=("page/service_worker.js", check.PAGE_SUMS)))
         page.save_worker(folder / "page")
@@ -200,7 +197,7 @@ def split(model: Path, folder: Path, part_bytes: int) -> list[Path]:
     return parts
 
 
-def _add_computers(packing: Packing, resolved: Resolved, settings: dict[str, Any], cache: Path) -> None:
+def _add_computers(packing: Packing, resolved: Resolved, cache: Path) -> None:
     """The program, and for each Python and platform the wheels that still fit."""
     computer = packing.folder / "computer"
     computer.mkdir()

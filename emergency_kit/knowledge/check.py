@@ -111,16 +111,3 @@ def _check_contradictions(cards: Mapping[str, Card]) -> list[Problem]:
                            if any(advises(normalise(text), phrase) for phrase in rule.broken_by)]
                 problems += [Problem("contradiction", other.id, f"advises {text!r}, which {card.id} forbids: {rule.text!r}") for text in advised]
     return problems
-
-
-def unused_exceptions(cards: Mapping[str, Card]) -> list[tuple[str, str]]:
-    """Pairs in MEANT that no longer contradict each other, or name a card that is gone."""
-    real = set()
-    for (advising, forbidding) in MEANT:
-        if advising in cards and forbidding in cards:
-            texts = [normalise(text) for action in cards[advising].critical_actions for text in (action.text, action.instead or "")]
-            if broken_rules(texts, cards[forbidding]):
-                real.add((advising, forbidding))
-    return sorted(set(MEANT) - real)
-
-

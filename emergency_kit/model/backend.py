@@ -130,8 +130,8 @@ def choose(model: ModelSection, needs: str = "") -> Choice:
         if problem:
             raise ModelError(f"model.backend is unsloth, which {problem}; next: --set model.backend=hf")
         choice = Choice("unsloth", device, "by config")
-    elif model.backend == "hf":
-        choice = Choice("hf", device, "by config")
+    elif model.backend != "auto":
+        choice = Choice(model.backend, device, "by config")
     elif device == "cpu" or not model.load_in_4bit:
         choice = Choice("hf", device, "device is cpu" if device == "cpu" else "no 4-bit weights")
     elif needs or missing:

@@ -46,6 +46,7 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
         base.enable_input_require_grads()
     base.train()
     loaded.notes.append(f"every weight trained, in torch.float32, compute {dtype}" if full else f"base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}")
+    loaded.notes.append(f"attention {pick_attention(model, device)}")
     return loaded
 
 
@@ -128,7 +129,7 @@ def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: 
             raise ModelError(hub.explain(error, f"model {name}", name, revision)) from None
         finally:
             logging.enable_progress_bar()
-    return Loaded(loaded.eval(), load_tokenizer(tokenizer or name, None if tokenizer else revision), kind, name, [f"attention {attention}"])
+    return Loaded(loaded.eval(), load_tokenizer(tokenizer or name, None if tokenizer else revision), kind, name)
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:

@@ -10,13 +10,14 @@ A vocabulary of 49,152 makes this the largest activation of a small model; most 
 from __future__ import annotations
 
 import types
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.model.head import find_head
 from emergency_kit.training import end_to_end
 from emergency_kit.training.fused.tree import Row
 
@@ -24,11 +25,11 @@ if TYPE_CHECKING:
     from emergency_kit.training.fused.step import FusedStep
 
 
-def supervised_loss(hidden: Tensor, labels: Tensor, head: torch.nn.Module, divisor: Tensor | int | None = None, smoothing: float = 0.0) -> Tensor:
+def supervised_loss(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor], divisor: Tensor | int | None = None, smoothing: float = 0.0) -> Tensor:
     """Cross-entropy of next-token prediction over supervised positions, as a float32 scalar.
 
     hidden: (batch, length, width); labels: (batch, length), IGNORE where unsupervised. The hidden state
-    at position t predicts label t + 1. divisor: supervised tokens of the whole step; None takes those
+    at position t predicts label t + 1. head: makes logits of hidden states. divisor: supervised tokens of the whole step; None takes those
     of this batch. smoothing: share of the target's probability spread over the vocabulary (Szegedy et al. 2016). A batch with no
     supervised token gives 0 with a gradient of 0.
     """
@@ -48,7 +49,7 @@ def install(causal_lm: torch.nn.Module, fused: FusedStep | None = None, neftune_
     smoothing: of the labels, in training alone.
     """
     original = causal_lm.forward
-    head = causal_lm.get_output_embeddings()
+    head = find_head(causal_lm)
 
     def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
                 labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:

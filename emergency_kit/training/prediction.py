@@ -22,12 +22,11 @@ from emergency_kit.model.process_memory import available_bytes, resident_bytes
 from emergency_kit.model.shape import NF4_BYTES, Shape, load_shape
 from emergency_kit.training import memory
 from emergency_kit.training.memory import SHARE_OF_FREE, SHARE_OF_FREE_GPU, Setting
-from emergency_kit.training.fused.step import pass_limits
+from emergency_kit.training.fused.step import FAMILIES, pass_limits
 from emergency_kit.training.schedule import interval, pass_rows, step_rows
 
 # A device is not filled to the brim: the desktop, the driver and what was not foreseen need some.
 USABLE = 0.95
-FAMILIES = ("llama", "mistral", "qwen2")  # of the fused engine
 TOKENIZER_BYTES = 5_000_000
 # What matrix products reach of a card's peak and everything else of its bandwidth, and seconds of the processor to start a layer's work forward and
 # back, under which no pass gets: fitted to the fused engine's steps on an H200 (benchmarks/RESULTS.md, Mistral-7B on a GPU); other cards were not measured.
@@ -166,7 +165,7 @@ def predict_seconds(made: Plan, rows: dict[str, Any]) -> dict[str, float]:
 
     both, forward = time_step(made.resolved, rows["train"], made.load.typical, load_tokenizer(made.resolved.config.model), made.shape.layers, made.setting.fused,
                               made.setting.kept_layers)
-    training, steps = made.resolved.config.training, made.steps or 0
+    training = made.resolved.config.training
     evaluations = _times(training.eval_strategy, training.eval_steps, made)
     return {"training": both * made.load.computed / made.load.typical_computed,
             "evaluations": forward * evaluations * made.load.eval_computed / made.load.typical_computed, "step": both}
@@ -185,13 +184,12 @@ class Card:
 @dataclass(frozen=True)
 class Prediction:
     """peak_bytes: most that is held, in `phase`; terms: of that, in bytes; step_seconds: of an optimizer step, its data loading and logging not
-    counted; step_tokens: computed in it, padding included; seconds: of all training steps, None where their number is unknown."""
+    counted; seconds: of all training steps, None where their number is unknown."""
 
     peak_bytes: float
     phase: str
     terms: dict[str, float]
     step_seconds: float
-    step_tokens: int
     seconds: float | None
 
 
@@ -205,7 +203,7 @@ def predict(resolved: Resolved, card: Card, rows: dict[str, Any] | None = None) 
     passes = -(-tokens // most_tokens) if made.setting.fused else made.effective_batch // pass_rows(resolved.config.training)
     supervised = tokens * made.load.work.supervised // max(1, made.load.work.tokens)
     step = step_seconds(made, card, tokens, supervised, max(1, passes))
-    return Prediction(total, phase, made.phases[phase], step, tokens, step * made.steps if made.steps else None)
+    return Prediction(total, phase, made.phases[phase], step, step * made.steps if made.steps else None)
 
 
 def step_seconds(made: Plan, card: Card, tokens: int, supervised: int, passes: int) -> float:

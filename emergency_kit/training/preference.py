@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 
 from emergency_kit.data.pairs import PairRows
 from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.model.head import find_head
 from emergency_kit.training.loss import neftune_noise
 
 
@@ -39,7 +40,7 @@ class PairDataset(Dataset):
         return {"pair": self.rows[index], "reference": reference}
 
 
-def token_log_probs(hidden: Tensor, labels: Tensor, head: torch.nn.Module) -> Tensor:
+def token_log_probs(hidden: Tensor, labels: Tensor, head: Callable[[Tensor], Tensor]) -> Tensor:
     """Log-probability of each supervised token from a row's second on, 0 for the others, (rows, length - 1) in float32. hidden: (rows, length, width);
     labels: (rows, length)."""
     targets = labels[:, 1:]
@@ -74,7 +75,7 @@ def install(causal_lm: torch.nn.Module, beta: float, sft_weight: float, neftune_
     pairs have a margin over 0. Divided by `num_items_in_batch`, the pairs of the whole step.
     """
     original = causal_lm.forward
-    head = causal_lm.get_output_embeddings()
+    head = find_head(causal_lm)
 
     def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
                 compared: Tensor | None = None, reference: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
 import math
 import os
 import re
@@ -135,12 +134,8 @@ def sweep(settings: list[str], resolve: Callable[[list[str]], Resolved], overwri
     return folder
 
 
-def _final(outcome: Outcome, resolved: Resolved) -> Path:
-    return outcome.folder / "checkpoints" / resolved.config.training.model_name
-
-
 def _is_finished(outcome: Outcome, resolved: Resolved, overwrite: bool) -> bool:
-    final = _final(outcome, resolved)
+    final = resolved.finished_model
     if overwrite or not final.exists() or not is_trained_as(resolved, final):
         return False
     print(f"  {final} is already trained with these settings on this data", flush=True)
@@ -149,7 +144,7 @@ def _is_finished(outcome: Outcome, resolved: Resolved, overwrite: bool) -> bool:
 
 def _train_one(outcome: Outcome, resolved: Resolved, overwrite: bool, scorer: Scorer | None) -> Outcome:
     try:
-        train(resolved, overwrite=overwrite or _final(outcome, resolved).exists(), scorer=scorer)
+        train(resolved, overwrite=overwrite or resolved.finished_model.exists(), scorer=scorer)
     except TrainingError as error:
         outcome.failure = str(error)
         print(f"  failed: {error}", flush=True)
@@ -158,7 +153,7 @@ def _train_one(outcome: Outcome, resolved: Resolved, overwrite: bool, scorer: Sc
 
 
 def _read(outcome: Outcome, resolved: Resolved) -> Outcome:
-    state = load_training_state(_final(outcome, resolved))
+    state = load_training_state(resolved.finished_model)
     outcome.summary, outcome.validation = state["summary"], state["identity"]["validation tokens"]
     losses = {entry["step"]: entry["loss"] for entry in state["validation_history"]}
     outcome.loss = losses[outcome.summary["weights_of_step"]]
@@ -317,7 +312,7 @@ def range_test(resolved: Resolved, low: float, high: float) -> Path:
     training = resolved.config.training
     folder = Path(training.output_dir)
     train(resolved, overwrite=True, rising_from=low)
-    state = json.loads((folder / "checkpoints" / training.model_name / "training_state.json").read_text(encoding="utf-8"))
+    state = load_training_state(resolved.finished_model)
     losses = [(entry["step"], entry["loss"]) for entry in state["validation_history"]]
     shutil.rmtree(folder / "checkpoints")
     last = max(state["step"] - 1, 1)

@@ -16,7 +16,7 @@ from emergency_kit.config import load_config
 from emergency_kit.data.format import SYSTEM_PROMPT, Record, build_messages, record_messages
 from emergency_kit.data.template import SETTINGS, PromptRenderer, as_accepted, find_turn, render_prompt
 from emergency_kit.data.tokenize import IGNORE, build_rows, encode_prompt, encode_row, end_of_turn
-from emergency_kit.inference.engine import Engine
+from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.model.backend import Loaded
 from emergency_kit.model.hf_backend import load_tokenizer
 from emergency_kit.training.trainer import collate

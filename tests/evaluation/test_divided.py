@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 
 from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.format import Record
-from emergency_kit.evaluation.answers import Answers
+from emergency_kit.evaluation.kept_answers import Answers
 from emergency_kit.evaluation.division import deal
 from emergency_kit.evaluation.during_training import MEASURED, build_scorer
 from emergency_kit.evaluation.run import evaluate
 from emergency_kit.inference.engines import Generated
 from emergency_kit.training import checkpoint
 from emergency_kit.training.run import train
-from tests.tiny import save_tiny_model
 from tests.training.test_ranks import MORE, PROCESSES, ranks_of, wait_for
 
 TIMES = {"created", "seconds", "tokens_per_second", "kept_answers", "engine", "last_run"}
@@ -53,11 +52,6 @@ def test_each_rank_keeps_its_answers_apart_and_all_are_read(tmp_path: Path, monk
     assert len(list(tmp_path.iterdir())) == 3
     monkeypatch.delenv("RANK")
     assert [Answers(tmp_path, "a" * 64).get(f"key {rank}") for rank in range(3)] == [Generated(f"• {rank}", rank, True) for rank in range(3)]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def write(folder: Path, records: int) -> Path:

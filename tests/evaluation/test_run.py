@@ -4,8 +4,8 @@ import pytest
 
 from emergency_kit.data.format import Answer, Record, render_answer
 from emergency_kit.errors import DataError, Interrupted, ModelError, UsageError
-from emergency_kit.evaluation import run as run_module
-from emergency_kit.evaluation.answers import Answers
+from emergency_kit.evaluation import contestant
+from emergency_kit.evaluation.kept_answers import Answers
 from emergency_kit.evaluation.metrics import BY_NAME, Answered, measure, score
 from emergency_kit.evaluation.page import render_html
 from emergency_kit.evaluation.report import build_report, failing_samples
@@ -223,7 +223,7 @@ def test_ctrl_c_leaves_the_old_report(folder, data, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_module.Progress, "update", interrupt)
+    monkeypatch.setattr(contestant.Progress, "update", interrupt)
     with pytest.raises(Interrupted, match="answers so far are kept"):
         evaluate(settings(folder, data, tmp_path), checkpoint=folder)
     assert out.read_text() == "old" and {file.name for file in out.parent.iterdir()} <= {out.name, "cache"}

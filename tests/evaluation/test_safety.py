@@ -2,8 +2,9 @@ from hypothesis import given as given_of
 from hypothesis import settings, strategies
 
 from emergency_kit.data.format import Answer, render_answer
-from emergency_kit.evaluation.safety import assess, unsupported_facts
+from emergency_kit.evaluation.safety import assess, redirects, unsupported_facts
 from emergency_kit.knowledge.cards import load_cards
+from emergency_kit.knowledge.matching import Reading
 from emergency_kit.knowledge.rules import examine
 
 CARDS = load_cards()
@@ -113,7 +114,7 @@ def test_facts_must_be_the_scenarios():
 
 def test_uncertainty_and_redirection():
     assert assess(answer("Leave."), []).uncertain and not assess(render_answer(Answer(("a",), ("None.",), ("b",), ("c",))), []).uncertain
-    assert assess("I cannot help with that.", []).redirected and not assess("Mix it well.", []).redirected
+    assert redirects(Reading("I cannot help with that.")) and not redirects(Reading("Mix it well."))
 
 
 def test_live_differences_of_guidance_are_never_dangerous():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from emergency_kit.evaluation.statistics import agreement, bootstrap_mean, corrected_rate, holm, mcnemar, sign_flip, wilson
+from emergency_kit.evaluation.statistics import agreement, bootstrap_mean, holm, mcnemar, sign_flip, wilson
 
 
 def test_wilson_against_published_figures():
@@ -92,13 +92,6 @@ def test_holm_lies_between_none_and_bonferroni(values):
     given_values = {str(number): value for number, value in enumerate(values)}
     for name, adjusted in holm(given_values).items():
         assert given_values[name] - 1e-12 <= adjusted <= min(1, given_values[name] * len(values)) + 1e-12
-
-
-def test_corrected_rate():
-    assert corrected_rate(0.1, 0.5, 0.0) == pytest.approx(0.2)
-    assert corrected_rate(0.0, 0.95, 0.01) == 0 and corrected_rate(1.0, 0.9, 0.05) == 1
-    with pytest.raises(ValueError):
-        corrected_rate(0.1, 0.1, 0.2)
 
 
 def test_agreement():

@@ -1,23 +1,13 @@
 """One tiny model, one adapter, and what train, merge and export leave of them, for all export tests; nothing writes into them."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from emergency_kit.artifacts import save_manifest
 from emergency_kit.export.gguf import export_gguf
 from tests.export import tiny
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads for tiny layers cost more than they give, many times more beside another job."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+from tests.one_thread import one_thread  # noqa: F401
 
 
 @pytest.fixture(scope="session")

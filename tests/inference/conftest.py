@@ -1,17 +1,8 @@
 import pytest
-import torch
 
 from emergency_kit.export.gguf import export_gguf
+from tests.one_thread import one_thread  # noqa: F401
 from tests.tiny import WHOLE, resolve, save_tiny_model
-
-
-@pytest.fixture(autouse=True, scope="package")
-def one_thread():
-    """Two threads that wait for each other on a busy machine make a tiny model 20 times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="package")

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from emergency_kit.data.format import build_messages, read_answer
 from emergency_kit.errors import ModelError
 from emergency_kit.export.gguf import export_gguf
-from emergency_kit.inference.engine import Engine
+from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.inference.engines import open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.llama_engine import LlamaEngine

@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 
 from emergency_kit.data.format import parse_answer, parse_json_answer
 from emergency_kit.errors import ModelError, UsageError
-from emergency_kit.inference.gate import Rates
+from emergency_kit.inference.admission import Rates
 from emergency_kit.inference.server import serve
 from tests.inference.fuzz import fuzz
 from tests.inference.serving import OIL, is_idle, serving, wait_for
@@ -209,7 +208,7 @@ def test_eight_clients_at_once_get_what_they_get_alone(address):
 @pytest.fixture
 def paced(monkeypatch):
     """The tiny model at fifty tokens a second: an answer lasts longer than what a test does meanwhile."""
-    from emergency_kit.inference.engine import Engine
+    from emergency_kit.inference.torch_engine import Engine
 
     step = Engine._step
     monkeypatch.setattr(Engine, "_step", lambda *arguments, **more: (time.sleep(0.02), step(*arguments, **more))[1])
@@ -264,7 +263,7 @@ def test_a_prompt_over_the_context_is_a_400_before_any_stream(tmp_path):
 def test_an_error_in_the_model_is_a_500_without_a_traceback_and_the_server_goes_on(address, monkeypatch):
     import torch
 
-    from emergency_kit.inference.engine import Engine
+    from emergency_kit.inference.torch_engine import Engine
 
     monkeypatch.setattr(Engine, "_step", lambda *_: torch.zeros(1) @ torch.zeros(2))
     response = httpx.post(f"{address}/answer", json={"situation": OIL})

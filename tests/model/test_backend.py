@@ -15,15 +15,9 @@ from emergency_kit.errors import ModelError
 from emergency_kit.model import adapters, backend
 from emergency_kit.training.engine import beyond_plain_loss
 from tests.model import contract
-from tests.tiny import save_tiny_model
 
 bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed; make test installs it")
 IDS = torch.arange(40, 90)[None]
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def resolve(tiny: Path, *settings: str) -> Resolved:

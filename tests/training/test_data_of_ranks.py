@@ -20,7 +20,6 @@ from emergency_kit.errors import UsageError
 from emergency_kit.training.run import train
 from emergency_kit.training.trainer import RankBatches, RowDataset, StepSampler, StreamBatches, collate
 from tests.data.test_stream import write
-from tests.tiny import save_tiny_model
 from tests.training.test_ranks import MORE, PROCESSES, assert_alike, ranks_of, start, wait_for
 
 # Bounds and prompt of a row in memory, its place in the shuffle, and its length.
@@ -100,11 +99,6 @@ def test_memory_of_a_rank_does_not_grow_with_the_data(tmp_path: Path) -> None:
     assert child.exitcode == 0
     first, then = grown.get(), grown.get()
     assert then < large * BYTES_A_ROW + 2_000_000, (first, then)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def flags(tiny: Path, data: Path, out: Path, *more: str) -> list[str]:

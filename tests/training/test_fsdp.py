@@ -22,7 +22,7 @@ from emergency_kit.model import backend
 from emergency_kit.training import sharding
 from emergency_kit.training.run import train
 from tests.tiny import resolve
-from tests.training.test_ranks import MORE, PROCESSES, alone, assert_alike, flags, kill_a_rank, outcome, ranks_of, tiny, wait_for
+from tests.training.test_ranks import MORE, PROCESSES, alone, assert_alike, flags, kill_a_rank, outcome, ranks_of, wait_for
 
 __all__ = ["alone", "tiny"]  # fixtures
 

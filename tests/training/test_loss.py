@@ -6,10 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training import end_to_end, loss
+from emergency_kit.model.head import find_head
+from emergency_kit.training import end_to_end, loss, preference
 from emergency_kit.training.trainer import collate
 
 VOCABULARY = 97
@@ -73,6 +74,46 @@ def test_loss_and_gradients_equal_the_naive_reference(model: torch.nn.Module, ro
     for name in expected:
         assert expected[name].abs().max() > 1e-6, name
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("granite", {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.1}),
+    ("cohere", {"logit_scale": 0.25}), ("gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8, "query_pre_attn_scalar": 8})])
+@pytest.mark.parametrize("compared", ["labels", "pairs"])
+def test_what_a_family_does_to_its_logits_is_part_of_the_loss(rows: list[dict[str, list[int]]], kind: str, settings: dict[str, float], compared: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                  initializer_range=0.5, attn_implementation="eager", bos_token_id=1, eos_token_id=2, pad_token_id=0, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    plain, batch = copy.deepcopy(model), collate(rows, pad_id=0)
+    total = {"labels": 0.0, "pairs": []}
+    for row in rows:
+        scores = plain(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
+        of_row = sum(float(scores[place, label].detach()) for place, label in enumerate(row["labels"][1:]) if label != IGNORE)
+        total = {"labels": total["labels"] - of_row, "pairs": [*total["pairs"], of_row]}
+    state = torch.get_rng_state()
+    if compared == "labels":
+        loss.install(model)
+        found = model(**batch, num_items_in_batch=1)["loss"]
+        assert found.item() == pytest.approx(total["labels"], rel=1e-4)
+        found.backward()
+        assert model.model.layers[0].mlp.down_proj.weight.grad.abs().max() > 0
+        hidden = plain.get_decoder()(**{name: batch[name] for name in ("input_ids", "attention_mask")}).last_hidden_state
+        assert abs(loss.supervised_loss(hidden, batch["labels"], plain.lm_head, 1).item() / total["labels"] - 1) > 0.05, "the head alone would be another loss"
+    else:
+        preference.install(model, 0.1, 0.0)
+        assert model(**batch, compared=batch["labels"])["log_probs"].tolist() == pytest.approx(total["pairs"], rel=1e-4)
+    assert torch.equal(state, torch.get_rng_state())
+    torch.testing.assert_close(model(input_ids=batch["input_ids"][:1]).logits, plain(input_ids=batch["input_ids"][:1]).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind, plain", [("llama", True), ("mistral", True), ("qwen2", True), ("qwen3", True), ("granite", False), ("gemma2", False)])
+def test_the_head_alone_is_taken_where_it_is_all_there_is(kind: str, plain: bool, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=512, hidden_size=256, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+                                                                  num_key_value_heads=2, **({"logits_scaling": 8.0} if kind == "granite" else {})), dtype=dtype)
+    assert (find_head(model) is model.lm_head) == plain
 
 
 def test_a_mean_of_micro_batch_means_would_be_another_number(model: torch.nn.Module, rows: list[dict[str, list[int]]]) -> None:

@@ -33,12 +33,6 @@ from emergency_kit.training.preference import collate_pairs, differing, preferen
 from emergency_kit.training.run import plan_steps, train
 from emergency_kit.training.schedule import check_schedule, learning_rate, warmup_steps
 from emergency_kit.training.trainer import collate
-from tests.tiny import save_tiny_model
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:

@@ -18,16 +18,10 @@ from emergency_kit.training.engine import install_engine
 from emergency_kit.training.memory import Setting, Workload
 from emergency_kit.training.run import train
 from emergency_kit.training.trainer import collate
-from tests.tiny import BUNDLED, save_tiny_model
+from tests.tiny import BUNDLED
 
 MISTRAL = load_config("mistral-7b")
 DOCS = Path("docs/Training.md")
-WORK = Workload(tokens=0, longest=0, supervised=0, shared=0, eval_tokens=0, eval_longest=0, eval_supervised=0)
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="module")
@@ -259,7 +253,7 @@ def test_a_prediction_as_data(tiny: Path, out: Path) -> None:
     made = prediction.predict(MISTRAL, CARD)
     assert made.peak_bytes == sum(made.terms.values()) == prediction.make(MISTRAL, load_shape(MISTRAL.config.model), {}, 16e9).peak_bytes
     # Eight rows of 2,048 tokens, 7 billion weights: three passes of two operations each at the card's peak take 6.9 s, and no run is quicker.
-    assert made.step_tokens == 8 * 2048 and made.step_seconds > 6 * 6.979e9 * 8 * 2048 / CARD.flops and made.seconds is None
+    assert made.step_seconds > 6 * 6.979e9 * 8 * 2048 / CARD.flops and made.seconds is None
     faster, wider = (prediction.predict(MISTRAL, prediction.Card("", 16e9, *rates)).step_seconds for rates in ((200e12, 1e12), (100e12, 2e12)))
     assert made.step_seconds / 2 < faster < made.step_seconds > wider > made.step_seconds / 2
     kept, again = (prediction.predict(plan.changed(MISTRAL, {"training.gradient_checkpointing": value}), CARD) for value in (False, True))
@@ -267,4 +261,6 @@ def test_a_prediction_as_data(tiny: Path, out: Path) -> None:
     assert kept.step_seconds < made.step_seconds < again.step_seconds and again.peak_bytes < made.peak_bytes < CARD.memory_bytes
     resolved = resolve(tiny, out, "training.engine=modules")
     run = prediction.predict(resolved, CARD, rows_of(resolved))
-    assert run.seconds == pytest.approx(5 * run.step_seconds) and 0 < run.step_tokens < 8 * resolved.config.model.max_seq_length
+    assert run.seconds == pytest.approx(5 * run.step_seconds)
+    slow = prediction.Card("", 16e9, 1e9, 1e9)  # on the other one, so small a model waits for its launches whatever its rows
+    assert prediction.predict(resolved, slow, rows_of(resolved)).step_seconds < prediction.predict(resolved, slow).step_seconds  # rows shorter than they may be

@@ -25,7 +25,6 @@ from emergency_kit.errors import TrainingError
 from emergency_kit.training.run import train
 from emergency_kit.training.schedule import check_schedule
 from emergency_kit.training.trainer import RankBatches, StepSampler
-from tests.tiny import save_tiny_model
 
 MORE = os.environ.get("EMERGENCY_KIT_RANKS") == "full"  # make prove-ranks
 PROCESSES = 4 if MORE else 2
@@ -47,11 +46,6 @@ def test_an_epoch_has_every_row_once_and_a_step_the_rows_of_one_process(rows: in
     for number, start in enumerate(range(0, rows, step_rows)):
         taken = [row for batches in dealt for one in batches[number * passes:(number + 1) * passes] for row in one]
         assert sorted(taken) == sorted(order[start:start + step_rows])
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def flags(tiny: Path, out: Path, *more: str) -> list[str]:

@@ -30,11 +30,6 @@ FINAL = {"adapter_config.json", "adapter_model.safetensors", "config.json", "tok
 RESUMABLE = FINAL | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
-
-
 def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:
     return load_config("embedded", settings=[
         f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", "dataset.build_size=200", "dataset.max_samples=24", "dataset.max_eval_samples=8",

@@ -28,15 +28,9 @@ from emergency_kit.training import callbacks, curves, first_try
 from emergency_kit.training.health import HealthCallback, foresee
 from emergency_kit.training.run import train
 from emergency_kit.training.trainer import KitTrainer, StepSampler
-from tests.tiny import save_tiny_model
 from tests.training.trackers import losses_of, read_tensorboard
 
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None
-
-
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:

@@ -21,6 +21,8 @@ from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
 from emergency_kit.training.fused.tree import Pass, Plan, Row, plan_step
 
+# model_type of those whose layer it computes.
+FAMILIES = ("llama", "mistral", "qwen2")
 # Rows of logits made at once: a vocabulary of 49,152 in float32 is 50 MB for as many.
 HEAD_ROWS = 256
 # By bytes of a value: on a CPU a pass of more tokens is no faster, and what it keeps for the way back is larger.
@@ -259,7 +261,7 @@ def unsupported(peft_model: Any) -> str | None:
 
     causal_lm = peft_model.get_base_model()
     config = causal_lm.config
-    if config.model_type not in ("llama", "mistral", "qwen2"):
+    if config.model_type not in FAMILIES:
         return f"a model of type {config.model_type}"
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear", "llama3", "yarn"):

@@ -9,7 +9,7 @@ from emergency_kit.data.format import build_messages
 from emergency_kit.data.template import render_prompt
 from emergency_kit.errors import ModelError
 from emergency_kit.inference import kv_cache
-from emergency_kit.inference.engine import Engine
+from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.model import backend
 from tests.tiny import resolve, save_tiny_model
 
@@ -43,6 +43,7 @@ def test_batched_greedy_equals_one_by_one_and_the_library(engine, folder, batch,
     monkeypatch.setattr(kv_cache, "PROMPT_TOKENS", 8 * room)
     library = backend.load_checkpoint(resolve(folder).config.model, folder).model
     assert (library.config._attn_implementation, engine.model.config._attn_implementation) == ("eager", kv_cache.NAME)
+    assert f"attention {kv_cache.NAME}" in engine.description
     prompts = [engine.encode(messages) for messages in batch]
     assert len({len(prompt) for prompt in prompts}) == len(prompts), "different lengths, so that rows are padded"
     together = engine.generate(batch, NEW, batch_size=3)

@@ -29,8 +29,8 @@ class Engine:
 
     def __init__(self, loaded: Loaded):
         self.model, self.tokenizer = loaded.model, loaded.tokenizer
-        self.description = ", ".join([loaded.kind, *loaded.notes])
         self._preallocated = loaded.kind != "training" and kv_cache.use(self.model)
+        self.description = ", ".join([loaded.kind, f"attention {self.model.config._attn_implementation}", *loaded.notes])
         config = self.model.config.get_text_config()
         self.context_tokens: int | None = getattr(config, "max_position_embeddings", None)
         listed = getattr(self.model.generation_config, "eos_token_id", None)

@@ -1,4 +1,4 @@
-"""Gate: what every request passes before the application sees it, as one ASGI middleware.
+"""Admission: what every request passes before the application sees it, as one ASGI middleware.
 
 Checked in this order: the Host header (no DNS rebinding: a name that is not ours is refused, an address is not
 a name), the Origin (a foreign page cannot use a server on this machine), the rate, the token, the size and the
@@ -57,7 +57,7 @@ class Refused(Exception):
         self.status, self.reason, self.headers = status, reason, headers or []
 
 
-class Gate:
+class Admission:
     """The middleware. Counts every request, refused ones by reason."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], limits: Limits, metrics: Metrics):
