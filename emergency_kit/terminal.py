@@ -134,10 +134,11 @@ def fold(line: str, width: int) -> str:
     further in than it. A row of a table, and a line with control characters, stay."""
     if len(line) <= width or not line.isprintable() or re.match(r"\s*[│┃|]", line):
         return line
-    indent = len(line) - len(line.lstrip()) + 2
-    columns = [match.end() for match in re.finditer(r"(?<=\S) {2,}(?=\S)", line) if match.end() <= width // 2]
-    return textwrap.fill(line, width, subsequent_indent=" " * (columns[-1] if columns else min(indent, width // 2)), break_on_hyphens=False, break_long_words=False,
-                         replace_whitespace=False, drop_whitespace=True)
+    indent = min(len(line) - len(line.lstrip()) + 2, width // 2)
+    for column in (match.end() for match in re.finditer(r"(?<=\S) {2,}(?=\S)", line)):
+        if column <= width // 2 and max(map(len, line[column:].split())) <= width - column:
+            indent = column
+    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
 
 
 @contextlib.contextmanager

@@ -36,14 +36,10 @@ def _profiles() -> list[str]:
     return ["auto", *PROFILES]
 
 
-def _settings(incomplete: str) -> list[str]:
-    """Every config key, followed by what its value may be once the key is whole."""
+def _settings() -> list[str]:
     from emergency_kit.config import Config, flatten
 
-    key, equals, _ = incomplete.partition("=")
-    if not equals:
-        return [f"{name}=" for name in flatten(Config())]
-    return [f"{key}={value}" for value in choices(key)() if " " not in value] if key in flatten(Config()) else []
+    return [f"{key}=" for key in flatten(Config())]
 
 
 def _types() -> list[str]:

@@ -20,6 +20,12 @@ cache_group = Verbs("Tokenised splits kept for the next run.")
 knowledge_group = Verbs("Read the knowledge cards: what is true about each hazard, with sources.")
 runs_group = Verbs("See trained models and lay them side by side.")
 SHELLS = ("bash", "zsh", "fish")
+# zsh loads the file when TAB is pressed for the first time, and Typer's script then only defines the function.
+AT_ONCE = f"""
+if [ "$funcstack[1]" = "_{PROGRAM}" ]; then
+  _{PROGRAM.replace('-', '_')}_completion "$@"
+fi
+"""
 SPLITS = ("train", "validation", "test")
 app.add_typer(data_group, name="data", short_help="Build, inspect and preview datasets")
 data_group.add_typer(cache_group, name="cache", short_help="Tokenised splits kept for the next run")
@@ -198,11 +204,13 @@ def complete(
     from typer import completion
 
     scripts: Any = completion
-
     if shell not in SHELLS:
         raise UsageError(f"completion: got {shell!r}; expected {', '.join(SHELLS)}")
+    more = AT_ONCE if shell == "zsh" else ""
     if install:
         _, place = scripts.install(shell=shell, prog_name=PROGRAM, complete_var=COMPLETE)
+        with place.open("a") as file:
+            file.write(more)
         print(f"Completion for {shell} is in {place}. Next: open a new terminal, type {PROGRAM} tr and press TAB")
     else:
-        print(scripts.get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE, shell=shell))
+        print(scripts.get_completion_script(prog_name=PROGRAM, complete_var=COMPLETE, shell=shell) + more)
