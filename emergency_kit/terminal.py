@@ -131,14 +131,16 @@ class Folding:
 
 def fold(line: str, width: int) -> str:
     """A line in several of at most `width`, broken at spaces alone; those after the first begin where its last column does, or a little
-    further in than it. A row of a table, and a line with control characters, stay."""
+    further in than it. A row of a table, and a line with control characters within, stay."""
+    steered = re.findall(r"^(?:\r|\x1b\[[0-9;?]*[A-Za-z])*", line)[0]  # what a live display sends before a line above it
+    line = line[len(steered):]
     if len(line) <= width or not line.isprintable() or re.match(r"\s*[│┃|]", line):
-        return line
+        return steered + line
     indent = min(len(line) - len(line.lstrip()) + 2, width // 2)
     for column in (match.end() for match in re.finditer(r"(?<=\S) {2,}(?=\S)", line)):
         if column <= width // 2 and max(map(len, line[column:].split())) <= width - column:
             indent = column
-    return textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
+    return steered + textwrap.fill(line, width, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False, replace_whitespace=False)
 
 
 @contextlib.contextmanager

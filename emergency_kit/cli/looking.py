@@ -132,7 +132,7 @@ def runs_show(folder: Annotated[Path, Argument(help="Folder of a trained model o
     show_run(folder)
 
 
-@runs_group.verb("compare", example="runs compare outputs/a/final outputs/b/final")
+@runs_group.verb("compare", example="runs compare outputs/a outputs/b")
 def runs_compare(folders: Annotated[list[Path], Argument(help="Folders of trained models or checkpoints.", metavar="RUN")], debug: Debug = False) -> None:
     """Lay runs side by side: settings that differ first, then data and machine, then results."""
     from emergency_kit.training.runs import compare_runs

@@ -70,7 +70,7 @@ def train(
     stage(resolved, resume_from=resume_from, overwrite=overwrite, dry_run=dry_run, accept_changes=accept_changes, scorer=lazy_scorer)
 
 
-@app.verb(short="Train several settings and rank them", example="sweep --set training.learning_rate=1e-3,2e-3", then="runs list")
+@app.verb(short="Train several settings and rank them", example="sweep --set lora.r=8,16", then="runs list")
 def sweep(
     set_: Annotated[Optional[list[str]], Option("--set", help="One config value, or several parted by commas, repeatable: every combination is trained.",
                                                 metavar="SECTION.KEY=VALUE[,VALUE...]")] = None,

@@ -143,7 +143,7 @@ def upload_gguf(
     stage(resolved, repo, private, folder, override_verdict)
 
 
-@app.verb(short="Ask the model, once or in a session", example='infer --prompt "the oil in my pan is on fire"', then="serve")
+@app.verb(short="Ask the model, once or in a session", example='infer --prompt "my pan is on fire"', then="serve")
 def infer(
     checkpoint: CheckpointOrFile = None,
     prompt: Annotated[Optional[str], Option(help="The situation in words; without it a session starts.", metavar="TEXT")] = None,
