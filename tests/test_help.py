@@ -167,7 +167,9 @@ def test_piped_output_has_no_colour_and_whole_lines_and_no_color_is_obeyed(tmp_p
     explained = run("config", "explain", "--profile", "embedded", COLUMNS="60").stdout
     assert piped.returncode == 0 and "\x1b" not in piped.stdout + explained and any(len(line) > 100 for line in explained.splitlines())
     assert "\x1b" not in run("knowledge", "list").stdout
-    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "smoke", "output": "FACTS\n• Smoke.\n\nUNCERTAINTIES\n• None.\n\nANALYSIS\n• Bad.\n\nGUIDANCE\n1. Leave."}) + "\n")
+    answer = "FACTS\n• Smoke.\n\nUNCERTAINTIES\n• None.\n\nANALYSIS\n• Bad.\n\nGUIDANCE\n1. Leave."
+    rows = [{"input": f"smoke number {number} in house {number * 7}", "output": answer} for number in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     colour = re.compile(r"\x1b\[[0-9;]*\b3[0-7]m")
     preview = ["data", "preview", str(tmp_path / "rows.jsonl"), "--profile", "embedded", "--set", f"training.output_dir={tmp_path}", "--set", "dataset.grounding=none"]
     assert colour.search(on_terminal(preview, 80)) and not colour.search(on_terminal(preview, 80, NO_COLOR="1"))
@@ -200,3 +202,9 @@ def test_pieces_of_a_line_pass_as_they_are(monkeypatch: pytest.MonkeyPatch, caps
     for piece in ("a first piece ", "and then very many more words", "\n", "and a whole line of words\n"):
         stream.write(piece)
     assert capsys.readouterr().out == "a first piece and then very many more words\nand a whole line of\n  words\n"
+
+
+def test_closed_streams_are_no_error() -> None:
+    for closed in (">&-", "2>&-", ">&- 2>&-"):
+        for arguments, code in (("--version", 0), ("xyzzy", 2)):
+            assert subprocess.run(f"{shlex.join(CLI)} {arguments} {closed}", shell=True, capture_output=True).returncode == code

@@ -58,8 +58,10 @@ def _prepare_process() -> None:
     cannot show, tracebacks hide secrets."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.excepthook = _show_traceback
-    if not ranks.is_first():
+    if not ranks.is_first() or sys.stdout is None:
         sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:  # closed by whoever started this
+        sys.stderr = open(os.devnull, "w")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
