@@ -132,7 +132,7 @@ class Folding:
 def fold(line: str, width: int) -> str:
     """A line in several of at most `width`, broken at spaces alone; those after the first begin where its last column does, or a little
     further in than it. A row of a table, and a line with control characters within, stay."""
-    steered = re.findall(r"^(?:\r|\x1b\[[0-9;?]*[A-Za-z])*", line)[0]  # what a live display sends before a line above it
+    steered: str = re.findall(r"^(?:\r|\x1b\[[0-9;?]*[A-Za-z])*", line)[0]  # what a live display sends before a line above it
     line = line[len(steered):]
     if len(line) <= width or not line.isprintable() or re.match(r"\s*[│┃|]", line):
         return steered + line

@@ -54,8 +54,7 @@ ConfigPath = Annotated[Optional[str], Option("--config", help="Config folder (th
 Settings = Annotated[Optional[list[str]], Option("--set", help="One config value, repeatable; all keys: config explain.", metavar="SECTION.KEY=VALUE", autocompletion=_settings)]
 ModelName = Annotated[Optional[str], Option(help="Name of the finished model's folder under <output-dir>/checkpoints; final by default.", metavar="NAME")]
 OutputDir = Annotated[Optional[str], Option(help="Folder for checkpoints, logs and what later stages write; outputs by default.", metavar="FOLDER")]
-Checkpoint = Annotated[Optional[Path], Option(help="Adapter, merged or base folder; by default the finished model of the config.", metavar="FOLDER")]
-CheckpointOrFile = Annotated[Optional[Path], Option(help="GGUF file, or adapter, merged or base folder; by default the finished model of the config.", metavar="MODEL")]
+Checkpoint = Annotated[Optional[Path], Option(help="GGUF file, or adapter, merged or base folder; by default the finished model of the config.", metavar="MODEL")]
 Country = Annotated[Optional[str], Option(help="Two-letter code of the country whose emergency number answers name.", metavar="CODE")]
 Override = Annotated[Optional[str], Option("--override-verdict", metavar="REASON", help="Reason to pack a model that the gate did not pass, or that changed since; "
                                                                                        "the manifest carries it.")]

@@ -91,8 +91,8 @@ def sweep(
 @app.verb(short="Score answers for structure and safety", example="evaluate --max-samples 20", then="gate")
 def evaluate(
     others: Annotated[Optional[list[str]], Argument(help="More models for --compare.", metavar="MODEL")] = None,
-    checkpoint: Annotated[Optional[str], Option(metavar="MODEL", help="What answers: base, an adapter, merged or base folder, a .gguf file, or an endpoint (http://host:port/v1#name); "
-                                                                                "by default the finished model of the config.")] = None,
+    checkpoint: Annotated[Optional[str], Option(metavar="MODEL", help="What answers: base, an adapter, merged or base folder, a .gguf file, or an endpoint "
+                                                                                "(http://host:port/v1#name); by default the finished model of the config.")] = None,
     max_samples: Annotated[Optional[int], Option(help="Most test records that are answered; fewer are quicker and say less.")] = None,
     output: Annotated[Optional[Path], Option(help="Report file; by default <output-dir>/evaluation_report.json.", metavar="FILE")] = None,
     compare: Annotated[Optional[list[str]], Option("--compare", metavar="MODEL [MODEL]...",

@@ -12,13 +12,13 @@ from typer import Option
 
 from emergency_kit.cli.command import app
 from emergency_kit.cli.flags import (
-    Checkpoint, CheckpointOrFile, ConfigPath, Country, Debug, ModelName, OutputDir, Override, Overwrite, Private, Profile, Quantization, Repo, Settings, resolve)
+    Checkpoint, ConfigPath, Country, Debug, ModelName, OutputDir, Override, Overwrite, Private, Profile, Quantization, Repo, Settings, resolve)
 from emergency_kit.errors import UsageError
 
 
 @app.verb(short="Fold the adapter into its base model", then="export-gguf")
 def merge(
-    checkpoint: Checkpoint = None,
+    checkpoint: Annotated[Optional[Path], Option(help="Adapter, or model trained in full; by default the finished model of the config.", metavar="FOLDER")] = None,
     output: Annotated[Optional[Path], Option(help="Folder; by default <output-dir>/merged/<model-name>.", metavar="FOLDER")] = None,
     output_dir: OutputDir = None, model_name: ModelName = None,
     config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, overwrite: Overwrite = False, debug: Debug = False,
@@ -32,7 +32,7 @@ def merge(
 
 @app.verb(short="Write files for llama.cpp, with proof", example="export-gguf -q q8_0 --ollama", then="kit")
 def export_gguf(
-    checkpoint: Checkpoint = None,
+    checkpoint: Annotated[Optional[Path], Option(help="Adapter, merged or base folder; by default the merged model, else the adapter.", metavar="FOLDER")] = None,
     output: Annotated[Optional[Path], Option(help="Folder; by default <output-dir>/gguf.", metavar="FOLDER")] = None,
     quantization: Quantization = None,
     list_quantizations: Annotated[bool, Option("--list-quantizations", help="List the GGUF types and leave.")] = False,
@@ -145,7 +145,7 @@ def upload_gguf(
 
 @app.verb(short="Ask the model, once or in a session", example='infer --prompt "my pan is on fire"', then="serve")
 def infer(
-    checkpoint: CheckpointOrFile = None,
+    checkpoint: Checkpoint = None,
     prompt: Annotated[Optional[str], Option(help="The situation in words; without it a session starts.", metavar="TEXT")] = None,
     max_new_tokens: Annotated[Optional[int], Option(help="Longest answer in tokens.")] = None,
     temperature: Annotated[Optional[float], Option(help="0, the default, gives the same answer every time; higher draws.")] = None,
@@ -166,10 +166,11 @@ def infer(
 
 @app.verb(short="A page for people, an API for programs", example="serve --port 0")
 def serve(
-    checkpoint: CheckpointOrFile = None,
+    checkpoint: Checkpoint = None,
     host: Annotated[Optional[str], Option(help="Address to listen on, 127.0.0.1 by default; one that others can reach needs --token.", metavar="ADDRESS")] = None,
     port: Annotated[Optional[int], Option(help="Port, 8000 by default; 0 takes any that is free.")] = None,
-    token: Annotated[Optional[str], Option(metavar="SECRET", help="Bearer token that clients must send; better set EMERGENCY_KIT_TOKEN, which no list of processes shows.")] = None,
+    token: Annotated[Optional[str], Option(metavar="SECRET", help="Bearer token that clients must send; better set EMERGENCY_KIT_TOKEN, "
+                                                                     "which no list of processes shows.")] = None,
     country: Country = None,
     output_dir: OutputDir = None, model_name: ModelName = None,
     config: ConfigPath = None, profile: Profile = "auto", set_: Settings = None, debug: Debug = False,
