@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import yaml
 
-from emergency_kit import cli
+from emergency_kit.cli.overview import find_command
 from emergency_kit.config import load_config
 
 LAUNCHERS = sorted(Path("configs/accelerate").glob("*.yaml"))
@@ -31,7 +31,7 @@ SCHEDULER = {"JOB_COMPLETION_INDEX": "1", "NODES": "2", "GPUS": "8", "SKYPILOT_N
 
 def train_flags(words: list[str]) -> dict[str, Any]:
     """What the real command line makes of train's arguments; the config that they name must be one."""
-    parsed = cli._command("train").make_context("train", list(words)).params
+    parsed = find_command(["train"])[0].make_context("train", list(words)).params
     load_config(parsed["profile"], parsed["config"], parsed["set_"])
     return parsed
 
