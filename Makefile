@@ -18,14 +18,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
 
-$(VENV)/installed.txt: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 to 3.13 is needed. Next: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@echo "Setting up $(VENV) (about two minutes) ..."
-	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make $(VENV); on Debian and Ubuntu install python3-venv, then make setup" >&2; exit 2; }
-	@undo() { grep -v WARNING $(VENV)/pip.log | tail -3; [ -e $@ ] || rm -rf $(VENV); echo "error: $$1 could not be installed; check the network and the package index, then: make setup" >&2; exit 2; }; \
-	echo "  1/2 torch"; $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.lock) 2>$(VENV)/pip.log || undo torch; \
-	echo "  2/2 the other pinned packages"; $(PIP) -r requirements.lock 2>$(VENV)/pip.log && $(PIP) --no-deps --no-build-isolation -e . 2>$(VENV)/pip.log || undo "the pinned packages"
-	@cp requirements.lock $@
+# Anew where the lock, the Python or the folder is another than when it was made: dates alone do not tell.
+STALE := $(if $(wildcard $(VENV)/installed.txt),$(shell VENV=$(VENV) bash scripts/setup.sh stale))
+.PHONY: stale
+$(VENV)/installed.txt: requirements.lock pyproject.toml $(STALE)
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" GOAL="$(MAKECMDGOALS)" bash scripts/setup.sh
 
 $(BASE): | $(VENV)/installed.txt
 	@$(KIT) setup
@@ -155,8 +152,7 @@ prove-structure: setup ## 1,000 answers under the grammar, each read back by the
 
 $(VENV)/installed-test.txt: requirements-test.lock | $(VENV)/installed.txt
 	@echo "Installing what only tests need ..."
-	@$(PIP) -r $< 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: the packages of the tests could not be installed; check the network and the package index, then: make test" >&2; exit 2; }
-	@cp $< $@
+	@VENV="$(VENV)" GOAL="$(MAKECMDGOALS)" bash scripts/setup.sh also $< $@
 
 screenshots: setup $(VENV)/installed-test.txt ## Take the screenshots of the page in docs/images (KIT_CHECKPOINT=outputs/merged/final names another model)
 	@bash tests/install_browser.sh
