@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, Trainer, TrainingArguments
 from torch.utils.data import SequentialSampler
 
-from benchmarks.training_peers import BATCH, MODULES, StepByStep, _Fixed, adapter, arguments, collate, dataset, kit, say
+from benchmarks.training_peers import MODULES, StepByStep, _Fixed, adapter, arguments, collate, dataset, kit, say
 
 ON_GPU = torch.cuda.is_available()
 STEP = 8

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any, Iterable, Mapping, Optional, Sequence
+from typing import Iterable, Mapping, Optional, Sequence
 
 from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card
 from emergency_kit.knowledge.emergency_numbers import find_country, localise

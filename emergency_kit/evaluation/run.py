@@ -58,6 +58,7 @@ def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path
     opened = ranks.first_then_others(lambda: [open_contestant(resolved, spec, name) for spec, name in named], "opening the models", config.training.rank_timeout_seconds)
     page = _check_output(out) if first else out
     task = ranks.shared(_load_task(resolved) if first else None)
+    assert task is not None
     last = _load_last(out)
     print(f"Answering {len(task.records)} of {task.available} test records with {', '.join(item.name for item in opened)}", flush=True)
     try:
@@ -220,7 +221,7 @@ def ask(contestant: Contestant, prompts: Sequence[Messages], max_new_tokens: int
         found = []
         for number, (temperature, seed) in enumerate(rounds):
             before = number * len(prompts)
-            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))
+            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))  # noqa: B023  called in its own turn
     kept = contestant.kept - kept
     print(f"  {name}: {contestant.engine}" + (f"; {kept} of {len(prompts) * len(rounds)} answers kept from an earlier run" if kept else ""), flush=True)
     return list(zip(*found))

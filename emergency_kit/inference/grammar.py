@@ -10,7 +10,6 @@ Limits: a line that reaches its bound ends there; taught lines have at most 39 t
 from __future__ import annotations
 
 import functools
-import json
 from typing import TYPE_CHECKING, Any, Callable
 
 from emergency_kit.data.format import SECTIONS

@@ -46,8 +46,8 @@ def read_pins(lock: Path) -> dict[str, str]:
 
 def licence_of(package: importlib.metadata.PackageMetadata) -> str:
     """What a package says of its licence, in a line: its expression, else its short text, else its classifiers."""
-    said = package.get("License-Expression") or ""
-    text = " ".join((package.get("License") or "").split())
+    said, text = ((package.get_all(field) or [""])[0] for field in ("License-Expression", "License"))
+    text = " ".join(text.split())
     classes = [line.removeprefix(_CLASSIFIER) for line in package.get_all("Classifier") or [] if line.startswith(_CLASSIFIER)]
     return said or (text if 0 < len(text) <= 60 else "") or ", ".join(classes) or "not said"
 
@@ -58,7 +58,7 @@ def homepage_of(package: importlib.metadata.PackageMetadata) -> str:
     for label in ("homepage", "home", "source", "source code", "repository", "github", "documentation"):
         if label in named:
             return named[label]
-    return package.get("Home-page") or next(iter(named.values()), f"https://pypi.org/project/{package['Name']}/")
+    return (package.get_all("Home-page") or [""])[0] or next(iter(named.values()), f"https://pypi.org/project/{package['Name']}/")
 
 
 def texts_of(name: str) -> dict[str, str]:

@@ -8,8 +8,6 @@ Limits: npm and PyPI are asked when packing, unless the cache has it all. Run: `
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import re
 import shutil
 import zipfile
@@ -19,9 +17,8 @@ from typing import Any, Iterator
 
 import yaml
 
-from emergency_kit.artifacts import MANIFEST, hash_file, load_manifest, save_json, save_manifest, save_text
+from emergency_kit.artifacts import hash_file, load_manifest, save_json, save_manifest, save_text
 from emergency_kit.config import REPOSITORY, Resolved
-from emergency_kit.data.format import SYSTEM_PROMPT
 from emergency_kit.errors import ExportError, UsageError
 from emergency_kit.export.modelfile import build_modelfile
 from emergency_kit.export.verdict import describe_verdict, find_verdict

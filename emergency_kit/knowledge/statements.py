@@ -50,7 +50,7 @@ _FOLD = {
     "stood": "stand", "left": "left", "shook": "shake", "shaken": "shake", "hid": "hide", "hidden": "hide", "froze": "freeze", "frozen": "frozen", "swam": "swim", "swum": "swim",
     "stuck": "stick", "bitten": "bite", "bit": "bit", "broke": "break", "broken": "broken", "wore": "wear", "worn": "wear", "woke": "wake", "woken": "wake", "slept": "sleep",
     "told": "tell", "brought": "bring", "caught": "catch", "fought": "fight", "blew": "blow", "blown": "blow", "drew": "draw", "drawn": "draw", "swept": "sweep", "led": "lead",
-    "lit": "light", "lying": "lie", "children": "child", "men": "man", "women": "woman", "feet": "foot", "teeth": "tooth", "knives": "knife", "people": "people",
+    "lit": "light", "children": "child", "men": "man", "women": "woman", "feet": "foot", "teeth": "tooth", "knives": "knife", "people": "people",
     "sucked": "suck", "dying": "die", "tying": "tie", "untying": "untie", "wrung": "wring", "fed": "feed", "swung": "swing", "hung": "hang", "shut": "shut", "rode": "ride",
     "sought": "seek", "made": "make", "done": "do", "did": "do", "does": "do", "began": "begin", "begun": "begin", "beginning": "begin", "dialled": "dial", "dialling": "dial",
 }

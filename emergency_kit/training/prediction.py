@@ -81,7 +81,7 @@ def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | N
 
     training = resolved.config.training
     setting = setting_of(resolved, shape, on_gpu=room is not None)
-    counted = plan_steps(resolved, len(rows["train"])) if rows else {"steps": training.max_steps, "epochs": training.num_epochs, "effective_batch":
+    counted: dict[str, Any] = plan_steps(resolved, len(rows["train"])) if rows else {"steps": training.max_steps, "epochs": training.num_epochs, "effective_batch":
                                                                    step_rows(training)}
     load = workload.measure(rows, resolved, setting.fused, setting.on_gpu, setting.compute_bytes, counted["steps"]) if rows \
         else workload.assumed(resolved, setting.fused, setting.on_gpu, setting.compute_bytes)
@@ -166,7 +166,7 @@ def predict_seconds(made: Plan, rows: dict[str, Any]) -> dict[str, float]:
 
     both, forward = time_step(made.resolved, rows["train"], made.load.typical, load_tokenizer(made.resolved.config.model), made.shape.layers, made.setting.fused,
                               made.setting.kept_layers)
-    training, steps = made.resolved.config.training, made.steps or 0
+    training = made.resolved.config.training
     evaluations = _times(training.eval_strategy, training.eval_steps, made)
     return {"training": both * made.load.computed / made.load.typical_computed,
             "evaluations": forward * evaluations * made.load.eval_computed / made.load.typical_computed, "step": both}

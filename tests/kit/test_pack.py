@@ -4,11 +4,10 @@ import html
 import json
 import shutil
 import zipfile
-from pathlib import Path
 
 import pytest
 
-from emergency_kit.artifacts import hash_file, load_manifest, save_json, save_manifest, verify_folder
+from emergency_kit.artifacts import hash_file, load_manifest, save_json, verify_folder
 from emergency_kit.errors import ExportError, UsageError, VerdictError
 from emergency_kit.export.modelfile import parse_modelfile
 from emergency_kit.files import folder_bytes
