@@ -56,29 +56,33 @@ check_folder() {
   [ -e "$venv" ] || [ "$(free_mb)" -ge "$needed_mb" ] || fail "$PWD: $(free_mb) MB free, $needed_mb MB needed for $venv and models. Next: free some space, or move the folder to a larger disk, then: $again"
 }
 
+# An environment that can be used is kept, and one that came with a moved folder is told its new place, which needs no network.
 make_venv() {
-  local why="" said free_mb
+  local why="" said free_mb maker=$python
   if [ -e "$venv" ] || [ -L "$venv" ]; then
     if [ ! -f "$venv/pyvenv.cfg" ]; then why="is no Python environment that can be used"
     elif [ ! -x "$venv/bin/python" ]; then why="was made by a Python that is gone"
     elif wrong_python; then why="was made by Python $(sed -nE 's/^version(_info)? *= *//p' "$venv/pyvenv.cfg" | head -n 1)"
-    elif moved; then why="was made in another folder"
+    elif moved; then echo "$venv was made in another folder; it is told its new place." && maker=$venv/bin/python
+    elif ! "$venv/bin/python" -c 'import pip' 2>/dev/null; then maker=$venv/bin/python
+    else return
     fi
     if [ -n "$why" ]; then
       [ ! -L "$venv" ] || fail "$venv is a link to $(readlink "$venv"), which $why. Next: rm $venv, then: $again"
       [ -f "$venv/pyvenv.cfg" ] || [ -d "$venv/bin" ] || [ -z "$(ls -A "$venv" 2>/dev/null)" ] || fail "$PWD/$venv $why and holds something else. Next: move it away, then: $again"
+      check_python
       echo "$venv $why; it is made anew."
       rm -rf "$venv"
     fi
   fi
-  [ -e "$venv" ] || made=1
-  if ! said=$("$python" -m venv "$venv" 2>&1); then
+  [ -e "$venv" ] || { check_python && made=1; }
+  if ! said=$("$maker" -m venv "$venv" 2>&1); then
     case "$said" in
       *"No space left"*) free_mb=0 ;;
-      *"ensurepip is not available"* | *"No module named"*) fail "$python has no venv with pip. Next, on Debian and Ubuntu: sudo apt-get install python3-venv; then: $again" ;;
+      *"ensurepip is not available"* | *"No module named"*) fail "$maker has no venv with pip. Next, on Debian and Ubuntu: sudo apt-get install python3-venv; then: $again" ;;
     esac
     [ "${free_mb:-$(free_mb)}" -ge 20 ] || fail "$PWD: no space left on the disk. Next: free $needed_mb MB, then: $again"
-    fail "$python cannot make $PWD/$venv ($(tail -n 1 <<<"$said")). Next: $again PYTHON=/path/to/another/python3.12"
+    fail "$maker cannot make $PWD/$venv ($(tail -n 1 <<<"$said")). Next: $again PYTHON=/path/to/another/python3.12"
   fi
 }
 
@@ -123,7 +127,7 @@ if [ "${1:-}" = also ]; then
   cp "$2" "$3" || fail "$3: not written. Next: $again"
   exit 0
 fi
-check_python
+[ -e "$venv" ] || check_python
 check_folder
 trap '[ -z "$made" ] || rm -rf "$venv"; echo "error: stopped. Next: $again" >&2; exit 130' INT TERM HUP
 if ! is_current || [ pyproject.toml -nt "$venv/installed.txt" ]; then
