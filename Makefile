@@ -185,7 +185,7 @@ check-files: $(VENV)/installed-dev.txt
 	@$(VENV)/bin/python -m pre_commit_hooks.check_toml pyproject.toml
 
 check-tests: $(VENV)/installed-dev.txt
-	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_structure.py tests/test_notices.py tests/test_repository.py tests/model/test_locks.py
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_structure.py tests/test_notices.py tests/test_repository.py tests/model/test_locks.py -k "not quick"
 
 notices: $(VENV)/installed.txt ## Write THIRD-PARTY-NOTICES.md anew from the installed packages
 	@$(VENV)/bin/python -m emergency_kit.kit.notices > $(VENV)/notices.md && cp $(VENV)/notices.md THIRD-PARTY-NOTICES.md
