@@ -6,7 +6,7 @@
 # In: VENV, PYTHON, TORCH_INDEX and GOAL (what to type next) from the environment. Out: $VENV/installed.txt, written last, a copy of the
 # lock. What this run began and could not end goes again; an environment that was there before stays. Bash 3.2 and newer. Exit codes: 0, 2, 130.
 set -uo pipefail
-cd "$(dirname "$0")/.." || exit 2
+cd "${0%/*}/.." || exit 2
 venv=${VENV:-.venv} python=${PYTHON:-python3} again="make ${GOAL:-setup}" needed_mb=2500 made=""
 export PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 # a pip.conf with user=true would refuse every environment
 

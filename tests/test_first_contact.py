@@ -272,7 +272,7 @@ def test_a_whole_set_up_as_a_stranger_meets_it(tmp_path: Path) -> None:
     for name in "awk bash cat chmod cmp cp df env grep head id ls make mkdir mv readlink rm sed sh sleep sort tail touch tr uname wc".split():
         (tools / name).symlink_to(str(shutil.which(name)))
     pip = {name: value for name, value in os.environ.items() if name.startswith("PIP_") or name.endswith(("_proxy", "_PROXY"))}
-    stranger = {"PATH": str(tools), "HOME": "/nonexistent", "LC_ALL": "C"} | pip
+    stranger = {"PATH": str(tools), "HOME": os.devnull, "LC_ALL": "C"} | pip
     command = ["make", "--no-print-directory", "setup", f"PYTHON={PYTHON}"]
     half = subprocess.Popen(command, cwd=place, env=stranger, start_new_session=True)
     until = time.monotonic() + 600
