@@ -235,6 +235,16 @@ def test_yaml_with_windows_line_ends_and_a_mark_reads_the_same(tmp_path: Path) -
     assert load_config("embedded", str(tmp_path)).config == load_config("embedded").config
 
 
+def test_the_base_model_says_where_it_cannot_be_put(tmp_path: Path) -> None:
+    from emergency_kit.config import load_config
+    from emergency_kit.errors import UsageError
+    from emergency_kit.model import bundled
+
+    (tmp_path / "models").write_text("a file")
+    with pytest.raises(UsageError, match=r"models: not writable \(.+\); move the kit's folder to a place of your own with room, then: make setup"):
+        bundled.setup(load_config("embedded"), out=tmp_path / "models" / "m")
+
+
 def test_loopback_goes_through_no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     from emergency_kit.evaluation.wire import Client
 
