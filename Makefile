@@ -18,14 +18,11 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
 
-$(VENV)/installed.txt: requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(not (3,11) <= sys.version_info[:2] < (3,14))' || { echo "error: $(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 to 3.13 is needed. Next: make $(MAKECMDGOALS) PYTHON=/path/to/python3.12" >&2; exit 2; }
-	@echo "Setting up $(VENV) (about two minutes) ..."
-	@$(PYTHON) -m venv $(VENV) || { echo "error: $(PYTHON) cannot make $(VENV); on Debian and Ubuntu install python3-venv, then make setup" >&2; exit 2; }
-	@undo() { grep -v WARNING $(VENV)/pip.log | tail -3; [ -e $@ ] || rm -rf $(VENV); echo "error: $$1 could not be installed; check the network and the package index, then: make setup" >&2; exit 2; }; \
-	echo "  1/2 torch"; $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) $$(grep '^torch==' requirements.lock) 2>$(VENV)/pip.log || undo torch; \
-	echo "  2/2 the other pinned packages"; $(PIP) -r requirements.lock 2>$(VENV)/pip.log && $(PIP) --no-deps --no-build-isolation -e . 2>$(VENV)/pip.log || undo "the pinned packages"
-	@cp requirements.lock $@
+# Anew where the lock, the Python or the folder is another than when it was made: dates alone do not tell.
+STALE := $(if $(wildcard $(VENV)/installed.txt),$(shell VENV=$(VENV) bash scripts/setup.sh stale))
+.PHONY: stale
+$(VENV)/installed.txt: requirements.lock pyproject.toml $(STALE)
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" GOAL="$(MAKECMDGOALS)" bash scripts/setup.sh
 
 $(BASE): | $(VENV)/installed.txt
 	@$(KIT) setup
@@ -155,8 +152,49 @@ prove-structure: setup ## 1,000 answers under the grammar, each read back by the
 
 $(VENV)/installed-test.txt: requirements-test.lock | $(VENV)/installed.txt
 	@echo "Installing what only tests need ..."
-	@$(PIP) -r $< 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: the packages of the tests could not be installed; check the network and the package index, then: make test" >&2; exit 2; }
-	@cp $< $@
+	@VENV="$(VENV)" GOAL="$(MAKECMDGOALS)" bash scripts/setup.sh also $< $@
+
+$(VENV)/installed-dev.txt: requirements-dev.lock | $(VENV)/installed.txt
+	@echo "Installing what only checks need ..."
+	@VENV="$(VENV)" GOAL="$(MAKECMDGOALS)" bash scripts/setup.sh also $< $@
+
+# Two at a time, all of them to their end; a make that can keeps the words of each together.
+CHECKS := check-types check-tests check-files check-lint check-shell check-spelling
+SHELL_FILES := activate_env.sh .ci/run $(wildcard scripts/*.sh recipes/*.sh benchmarks/*.sh tests/*.sh tests/*/*.sh emergency_kit/kit/texts/*.sh)
+.PHONY: check $(CHECKS) notices prove-first-contact first-answer
+check: $(VENV)/installed-dev.txt ## Lint, types, spelling, shell scripts, YAML and JSON, and the tests of the structure (no model, no network; pre-commit runs the same)
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 $(if $(filter output-sync,$(.FEATURES)),--output-sync=target) $(CHECKS)
+	@echo "All checks passed."
+
+check-lint: $(VENV)/installed-dev.txt
+	@$(VENV)/bin/ruff check --quiet .
+
+check-types: $(VENV)/installed-dev.txt
+	@$(VENV)/bin/python -m mypy --no-error-summary
+
+check-spelling: $(VENV)/installed-dev.txt
+	@$(VENV)/bin/typos --format brief
+
+check-shell: $(VENV)/installed-dev.txt
+	@$(VENV)/bin/shellcheck $(SHELL_FILES)
+
+FIND_FILES = find . \( -name .venv -o -name .git -o -name outputs -o -name models \) -prune -o -type f
+check-files: $(VENV)/installed-dev.txt
+	@$(FIND_FILES) \( -name '*.yaml' -o -name '*.yml' -o -name '*.cff' \) -print0 | xargs -0 $(VENV)/bin/python -m pre_commit_hooks.check_yaml
+	@$(FIND_FILES) \( -name '*.json' -o -name '*.webmanifest' \) -print0 | xargs -0 $(VENV)/bin/python -m pre_commit_hooks.check_json
+	@$(VENV)/bin/python -m pre_commit_hooks.check_toml pyproject.toml
+
+check-tests: $(VENV)/installed-dev.txt
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_structure.py tests/test_notices.py tests/test_repository.py tests/model/test_locks.py -k "not quick"
+
+notices: $(VENV)/installed.txt ## Write THIRD-PARTY-NOTICES.md anew from the installed packages
+	@$(VENV)/bin/python -m emergency_kit.kit.notices > $(VENV)/notices.md && cp $(VENV)/notices.md THIRD-PARTY-NOTICES.md
+
+first-answer: ## Time from a bare clone to the first answer, with nothing kept from before (2.5 GB of disk, about four minutes)
+	@bash benchmarks/first_answer.sh
+
+prove-first-contact: setup $(VENV)/installed-test.txt ## A whole set-up as a stranger meets it: odd path, no git, no compiler, no home, C locale, killed half way, moved, no network (two downloads, ten minutes)
+	@EMERGENCY_KIT_FIRST_CONTACT=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s tests/test_first_contact.py $(ARGS)
 
 screenshots: setup $(VENV)/installed-test.txt ## Take the screenshots of the page in docs/images (KIT_CHECKPOINT=outputs/merged/final names another model)
 	@bash tests/install_browser.sh

@@ -1,3 +1,4 @@
+# shellcheck shell=bash disable=SC2296,SC1091  # zsh has its own word for this file, and .venv is made here
 # Activate the project's environment, making it first where it is missing. For bash and zsh:
 #   source activate_env.sh
 # Leave it again with `deactivate`.

@@ -94,7 +94,7 @@ def measure_limits(bench: Bench) -> dict[str, Any]:
             times.append(start.elapsed_time(end) / 1e3)
         return statistics.median(times[3:])
 
-    taken_all = {"tflops": 2 * 8192**3 / taken(lambda: a @ b) / 1e12, "copy_tb": 2 * block.numel() * 4 / taken(block.clone) / 1e12}
+    taken_all = {"tflops": 2 * 8192**3 / taken(lambda: a @ b) / 1e12, "copy_tb": 2 * block.numel() * 4 / taken(block.clone) / 1e12}  # noqa: F821  deleted below
     del a, b, block
     torch.cuda.empty_cache()  # not to stand beside what is measured
     return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, **taken_all}

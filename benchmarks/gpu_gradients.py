@@ -39,7 +39,7 @@ def gradients(model: Any, rows: list[dict[str, Any]], autocast: bool) -> tuple[f
 
 def spread_out(model: Any) -> None:
     """Every base weight in float32, 4-bit ones as what they stand for."""
-    for name, module in list(model.named_modules()):
+    for _, module in list(model.named_modules()):
         for child_name, child in list(module.named_children()):
             state = getattr(getattr(child, "weight", None), "quant_state", None)
             if state is not None and not hasattr(child, "base_layer"):

@@ -118,7 +118,7 @@ def table(contenders: list[Contender], peaks: list[dict[str, float]], rows: list
         def ratios(other: Contender | None) -> str:
             if other is None:
                 return ""
-            found = sorted(mine / theirs for mine, theirs in zip(speed[one.name], speed[other.name]))
+            found = sorted(mine / theirs for mine, theirs in zip(speed[one.name], speed[other.name]))  # noqa: B023  called in its own turn
             return f"{statistics.median(found):.2f} ({found[0]:.2f} to {found[-1]:.2f})"
 
         share = statistics.median(flops[index] / record["seconds"] for index, record in enumerate(one.records) if index >= warm) / best / 1e9
@@ -156,7 +156,7 @@ def curve(contenders: list[Contender], file: Path) -> None:
 def startup(repeats: int) -> list[float]:
     """Seconds from the command to its first step, with data, tokens and index in their caches."""
     found = []
-    for index in range(repeats + 1):
+    for _ in range(repeats + 1):
         started = time.time()
         process = subprocess.Popen([sys.executable, "-u", "scripts/train.py", "--overwrite", "--output-dir", "outputs/bench", "--set", "training.max_steps=1",
                                     "--set", "training.save_steps=100"], stdout=subprocess.PIPE, text=True)

@@ -281,10 +281,9 @@ class ExportConfig(Section):
 class KitConfig(Section):
     """`emergency-kit kit`: what is packed for computers and browsers."""
 
-    platforms: list[Literal["linux-x86_64", "linux-aarch64", "macos-arm64", "macos-x86_64", "windows-x86_64"]] = Field(
-        default_factory=lambda: ["linux-x86_64", "windows-x86_64", "macos-arm64"])
+    platforms: list[Literal["linux-x86_64", "linux-aarch64", "macos-arm64", "macos-x86_64", "windows-x86_64"]] = ["linux-x86_64", "windows-x86_64", "macos-arm64"]
     """Systems that get llama.cpp's wheels, the most wanted first: where not all fit, the last are left out."""
-    python_versions: list[Literal["3.11", "3.12", "3.13"]] = Field(default_factory=lambda: ["3.12", "3.13", "3.11"])
+    python_versions: list[Literal["3.11", "3.12", "3.13"]] = ["3.12", "3.13", "3.11"]
     """Pythons that the wheels are for, the most wanted first; each adds about 15 MB a platform."""
     part_megabytes: int = Field(default=32, ge=1, le=1024)
     """Largest part of the model in MB (10^6 bytes): web hosts refuse large files."""
@@ -362,7 +361,7 @@ def reference() -> str:
     """Markdown tables of every key with its type, class default and meaning, from the docstrings above."""
     lines: list[str] = []
     for section, info in Config.model_fields.items():
-        kind = info.annotation
+        kind: Any = info.annotation
         lines += [f"### `{section}`", "", (kind.__doc__ or "").strip(), "", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, option in kind.model_fields.items():
             default = option.get_default(call_default_factory=True)

@@ -5,10 +5,10 @@ cd "$(dirname "$0")/.."
 
 targets=(outputs/cache outputs/data outputs/logs outputs/merged outputs/gguf outputs/evaluation_report.json outputs/report.html)
 [ "${1:-}" = "--checkpoints" ] && targets+=(outputs/checkpoints)
-mapfile -t caches < <(find . -name __pycache__ -not -path './.venv/*' -prune; find . -maxdepth 1 \( -name .pytest_cache -o -name .hypothesis \))
+while IFS= read -r cache; do targets+=("$cache"); done < <(find . -name __pycache__ -not -path './.venv/*' -prune; find . -maxdepth 1 \( -name .pytest_cache -o -name .hypothesis -o -name .mypy_cache -o -name .ruff_cache \))
 
 found=()
-for target in "${targets[@]}" "${caches[@]}"; do [ -e "$target" ] && found+=("$target"); done
+for target in "${targets[@]}"; do [ -e "$target" ] && found+=("$target"); done
 if [ ${#found[@]} -eq 0 ]; then echo "Nothing to delete."; exit 0; fi
 
 echo "This would be deleted:"

@@ -1,5 +1,6 @@
-"""What tests of several rooms share: the order of files, a tiny model, and a real Chromium."""
+"""What tests of several rooms share: the order of files, loopback without a proxy, a tiny model, and a real Chromium."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any, Iterator
@@ -10,6 +11,10 @@ import pytest
 LONGEST = ("tests/test_cli.py", "tests/storm/test_manners.py", "tests/export/test_gguf.py", "tests/training/test_trainer.py", "tests/storm/test_world.py",
            "tests/training/test_ranks.py", "tests/test_architecture.py", "tests/training/test_options.py", "tests/inference/test_chat.py", "tests/inference/test_page.py", "tests/storm/test_faults.py", "tests/training/test_bundled_run.py",
            "tests/inference/test_server.py", "tests/kit/test_browser.py", "tests/inference/test_llama_engine.py", "tests/storm/test_kills.py")
+
+# The tests' servers listen on loopback, which a proxy of this machine's network must not be asked for.
+for _name in ("NO_PROXY", "no_proxy"):
+    os.environ[_name] = ",".join(filter(None, (os.environ.get(_name), "127.0.0.1", "localhost")))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

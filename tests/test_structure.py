@@ -62,7 +62,7 @@ def processor_seconds(*arguments: str) -> tuple[float, str]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=str)
 def test_help_is_quick_and_imports_no_torch(script: Path) -> None:
-    assert len(script.read_text().splitlines()) <= 6
+    assert len(script.read_text().splitlines()) <= 7
     seconds, libraries = [], []
     # A slow or crowded machine is measured by what the libraries that print the help take to import on it, in turns.
     while len(seconds) < 5 and not (seconds and min(seconds) < 0.3):

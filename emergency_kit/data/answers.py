@@ -12,7 +12,7 @@ from typing import Mapping, Sequence
 
 from emergency_kit.data.format import Answer, Record, read_answer
 from emergency_kit.knowledge.situations import Situation
-from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, normalise
+from emergency_kit.knowledge.cards import SAFE_MINIMUM, Action, Card, normalise
 from emergency_kit.knowledge.emergency_numbers import Country, find_country, localise
 from emergency_kit.knowledge.rules import broken_rules, foreign_numbers, gives_action
 
@@ -53,9 +53,9 @@ def build_answer(situation: Situation, telling: Telling, followed: Sequence[Card
                   analysis=tuple(analysis), guidance=(*steps, *rules))
 
 
-def _actions(followed: Sequence[Card]) -> list[tuple[Card, object]]:
+def _actions(followed: Sequence[Card]) -> list[tuple[Card, Action]]:
     """Actions of all cards in order; what a later card repeats word for word stands once, where it first came."""
-    seen: dict[str, tuple[Card, object]] = {}
+    seen: dict[str, tuple[Card, Action]] = {}
     for card in followed:
         for action in card.critical_actions:
             seen.setdefault(action.text, (card, action))

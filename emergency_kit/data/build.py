@@ -119,7 +119,7 @@ def _vary(situation: Situation, telling: Telling, chance: random.Random) -> Tell
         text = join(text, speaker.text.replace("{advice}", advice))
         facts.append(speaker.fact.replace("{advice}", advice))
     if chance.random() < ADDITION or text == telling.text:
-        fitting = [item for item in sentences["additions"] if situation.setting in item.settings and item.lacks not in (lacks or [None])]
+        fitting = [item for item in sentences["additions"] if situation.setting in item.settings and item.lacks not in (lacks or (None,))]
         for addition in chance.sample(fitting, min(len(fitting), chance.choice((1, 1, 2)))):
             text = join(addition.text, text) if chance.random() < 0.35 else join(text, addition.text)
             # What does not bear on the emergency stays out of the answer's FACTS: leaving it aside is taught too.

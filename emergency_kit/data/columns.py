@@ -68,14 +68,14 @@ def recognise(names: Sequence[str], mapped: Mapping[str, str]) -> Form | None:
         name, fields = f"{asked}/{answered}", {"input": asked, "output": answered}
     else:
         name, fields = f"{given}/{answered}", {"input": given, "output": answered}
-    fields = {field: column for field, column in fields.items() if column}
-    if "output" not in fields or len(fields) < 2:
+    named = {field: column for field, column in fields.items() if column}
+    if "output" not in named or len(named) < 2:
         return None
-    return Form(name, tuple(dict.fromkeys((*fields.values(), *about.values()))), lambda row, place: _plain(fields, row, about, place))
+    return Form(name, tuple(dict.fromkeys((*named.values(), *about.values()))), lambda row, place: _plain(named, row, about, place))
 
 
 def _plain(fields: Mapping[str, str], row: Mapping[str, Any], about: Mapping[str, str], place: str) -> Record:
-    texts = {field: row.get(column) for field, column in fields.items()}
+    texts: dict[str, Any] = {field: row.get(column) for field, column in fields.items()}
     if isinstance(texts.get("input"), list):  # prompt/completion as turns
         answer = texts["output"] if isinstance(texts["output"], list) else [{"role": "assistant", "content": texts["output"]}]
         return _conversation([*texts["input"], *answer], row, about, place)

@@ -130,5 +130,5 @@ def _alike(signatures: np.ndarray, one: np.ndarray, other: np.ndarray, similar: 
 def _root(parent: np.ndarray, index: int) -> int:
     while parent[index] != index:
         parent[index] = parent[parent[index]]
-        index = parent[index]
-    return int(index)
+        index = int(parent[index])
+    return index

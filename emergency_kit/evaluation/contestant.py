@@ -253,7 +253,7 @@ class TorchAsker:
         """Batch after batch; each is kept when it has ended. See `Asker`."""
         done, tokens = 0, 0
         for chosen in deal(prompts, wanted, self.batch_size):
-            answers = self.engine.generate([prompts[index] for index in chosen], max_new_tokens, len(chosen), progress=lambda more, new: report(done + more, tokens + new),
+            answers = self.engine.generate([prompts[index] for index in chosen], max_new_tokens, len(chosen), progress=lambda more, new: report(done + more, tokens + new),  # noqa: B023  called in its own turn
                                            temperature=temperature, seeds=[seed + index for index in chosen])
             for index, answer in zip(chosen, answers):
                 put(index, answer)

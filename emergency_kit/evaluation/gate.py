@@ -147,8 +147,8 @@ def _check_parity(resolved: Resolved, report: dict[str, Any], limits: GateConfig
         says = f"changed after it was made: {problems[0]}" if problems else "has no proof" if difference is None else f"largest logit difference {difference:.1e}"
         checks.append(_check(proved and not problems, f"{merged}: {says}"))
     folder = Path(training.output_dir) / "gguf"
-    exported = artifacts.load_manifest(folder)
-    for name, entry in (exported or {}).get("export", {}).get("files", {}).items():
+    exported = artifacts.load_manifest(folder) or {}
+    for name, entry in exported.get("export", {}).get("files", {}).items():
         if entry.get("source_sha256") in family:
             proof, path = entry.get("certificate") or {}, folder / name
             whole = path.is_file() and artifacts.hash_file(path) == exported["files"].get(name)

@@ -131,7 +131,7 @@ def build_questions(scored: Sequence[Scored], settings: JudgeConfig, model: str)
 def read_scores(text: str) -> dict[str, int]:
     """The five scores of a reply; raises ValueError for anything but whole numbers from 0 to 100 under the five names."""
     value = json.loads(_only_object(text))
-    scores = {name: value.get(name) for name in CRITERIA} if isinstance(value, dict) else {}
+    scores: dict[str, Any] = {name: value.get(name) for name in CRITERIA} if isinstance(value, dict) else {}
     if not scores or not all(type(score) is int and 0 <= score <= 100 for score in scores.values()):
         raise ValueError(f"expected whole numbers from 0 to 100 for {', '.join(CRITERIA)}; got {text[:80]!r}")
     return scores
@@ -237,7 +237,7 @@ def _collect(scored: Sequence[Scored], questions: Sequence[Question], kept: Answ
         answer = kept.get(question.key)
         if answer:
             found[question.index, question.kind] = json.loads(answer.text)
-    results = [{"sample_idx": index, "id": scored[index].record.id, "scores": value, "overall": round(sum(value.values()) / len(value), 1)}
+    results: list[dict[str, Any]] = [{"sample_idx": index, "id": scored[index].record.id, "scores": value, "overall": round(sum(value.values()) / len(value), 1)}
                for (index, kind), value in sorted(found.items()) if kind == "score"]
     means = {name: _mean([item["scores"][name] for item in results]) for name in CRITERIA}
     asked = len({question.index for question in questions})

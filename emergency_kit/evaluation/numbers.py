@@ -85,7 +85,7 @@ def _unit_after(sentence: Sentence, place: int) -> tuple[str, float, float]:
     lows = [token.low for token in tail]
     if "°" in lows[:2] or any(low in ("celsius", "fahrenheit") for low in lows[:3]):
         return ("°C", 5 / 9, -160 / 9) if any(low in ("f", "fahrenheit") for low in lows[:4]) else ("°C", 1, 0)
-    for at, token in enumerate(tail):
+    for token in tail:
         if token.stem in _UNITS:
             if any(low in ("per", "a", "every", "each", "/") and lows[step + 1:step + 2] in (["minute"], ["min"]) for step, low in enumerate(lows)):
                 return "per minute", 1, 0

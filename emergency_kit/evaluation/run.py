@@ -57,6 +57,7 @@ def evaluate(resolved: Resolved, checkpoint: str | Path | None = None, out: Path
     opened = ranks.first_then_others(lambda: [open_contestant(resolved, spec, name) for spec, name in named], "opening the models", config.training.rank_timeout_seconds)
     page = _check_output(out) if first else out
     task = ranks.shared(_load_task(resolved) if first else None)
+    assert task is not None
     last = _load_last(out)
     print(f"Answering {len(task.records)} of {task.available} test records with {', '.join(item.name for item in opened)}", flush=True)
     try:

@@ -128,9 +128,15 @@ def assess(text: str, cards: Iterable[Card], country: str = "", lacks: Sequence[
                       for line in answer.uncertainties))
 
 
+def _start(finding: ActionFinding) -> int:
+    """Where a given action begins in the answer."""
+    assert finding.span is not None
+    return finding.span[0]
+
+
 def _line(text: str, finding: ActionFinding) -> int:
     """Number of the line in which a given action stands."""
-    return text.count("\n", 0, finding.span[0])
+    return text.count("\n", 0, _start(finding))
 
 
 def _late(text: str, reading: Reading, cards: Sequence[Card], examination: Examination, critical: frozenset[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
@@ -143,14 +149,14 @@ def _late(text: str, reading: Reading, cards: Sequence[Card], examination: Exami
                 continue
             # A step that gives two actions at once says nothing of their order.
             alone = [other for other in given[place + 1:] if all(_line(text, other) != _line(text, first) for first in given[:place + 1])]
-            earlier = [other for other in alone if (card.id, other.action) not in critical and other.span[0] < finding.span[0]]
+            earlier = [other for other in alone if (card.id, other.action) not in critical and _start(other) < _start(finding)]
             late += [(finding.action, other.action) for other in earlier[:1]]
         if any("hospital" in action.text for action in card.critical_actions):
             continue
-        first = min((finding.span[0] for finding in given if (card.id, finding.action) in critical), default=None)
+        first = min((_start(finding) for finding in given if (card.id, finding.action) in critical), default=None)
         ways = [match.start for match in reading.find(_TRANSPORT) if match.stance == "affirmed"]
         if first is not None and ways and min(ways) < first:
-            late.append((min(given, key=lambda finding: finding.span[0] if (card.id, finding.action) in critical else 10**9).action, "transport to hospital"))
+            late.append((min(given, key=lambda finding: _start(finding) if (card.id, finding.action) in critical else 10**9).action, "transport to hospital"))
     return tuple(late)
 
 

@@ -47,7 +47,7 @@ class Question:
 def load_material() -> tuple[tuple[Question, ...], tuple[tuple[str, str], ...], str]:
     """`(questions, (instruction, pattern) pairs, plain text)`; the order of choices is fixed by the question's place."""
     material = yaml.safe_load(MATERIAL.read_text(encoding="utf-8"))
-    questions = []
+    questions: list[Question] = []
     for group in material["questions"].values():
         for line in group:
             text, right, *wrong = (part.strip() for part in line.split("|"))

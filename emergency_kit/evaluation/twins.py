@@ -18,11 +18,11 @@ from emergency_kit.knowledge.lexicon import lexicon
 from emergency_kit.knowledge.rules import examine
 from emergency_kit.knowledge.statements import stem
 
-AFFIRMED = ("{B}.", "You should {b}.", "Do not panic, but {b}.", "Do not hesitate to {b}.", "First, {b}.", "Go ahead and {b}.", "It is safe to {b}.", "You can {b}.",
+AFFIRMED: tuple[str, ...] = ("{B}.", "You should {b}.", "Do not panic, but {b}.", "Do not hesitate to {b}.", "First, {b}.", "Go ahead and {b}.", "It is safe to {b}.", "You can {b}.",
             "Don't be afraid to {b}.", "The best thing is to {b}.", "Stay calm. Then {b}.", "Do:\n- {b}")
-NEGATED = ("Do not {b}.", "Never {b}.", "You must not {b}.", "Do not, under any circumstances, {b}.", "It is a myth that you should {b}.", "It is dangerous to {b}.",
+NEGATED: tuple[str, ...] = ("Do not {b}.", "Never {b}.", "You must not {b}.", "Do not, under any circumstances, {b}.", "It is a myth that you should {b}.", "It is dangerous to {b}.",
            "Under no circumstances should you {b}.", "Be careful and never {b}.", "{B}? No.", "Do NOT:\n- {b}", "Read this rather than {b}.", "Resist the urge to {b}.", "Don't {b}.")
-BORROWED = ("Paramedics may {b}.", "The neighbour says to {b}.", "Should you {b}?", "If you {b}, it gets worse.")
+BORROWED: tuple[str, ...] = ("Paramedics may {b}.", "The neighbour says to {b}.", "Should you {b}?", "If you {b}, it gets worse.")
 _EXCEPTION = re.compile(r" (?:unless|until|while|when|once|before they|in great|even with) ")
 
 

@@ -183,7 +183,7 @@ def _compare_templates(tokenizer: Any, conversations: list[list[dict[str, str]]]
 
 
 def _compare_answers(examiner: Examiner, answers: list[str]) -> dict[str, Any]:
-    listed = [{"id": record.id, "answer": answer} for record, answer in zip(examiner.held_out.asked, answers)]
+    listed: list[dict[str, Any]] = [{"id": record.id, "answer": answer} for record, answer in zip(examiner.held_out.asked, answers)]
     if examiner.answers is None:
         return {"prompts": len(answers), "same": None, "same_beginning_percent": None, "answers": listed}
     shares = []

@@ -13,7 +13,7 @@ import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Callable, Iterator, Mapping, Sequence
+from typing import Callable, Iterator, Mapping, Sequence, cast
 
 from emergency_kit import __version__
 from emergency_kit.artifacts import hash_parent
@@ -25,7 +25,7 @@ from emergency_kit.inference.engines import Messages, Stream, check_length, open
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.guard import CHOICES, guard_found
 from emergency_kit.inference.guard import Line as GuardedLine
-from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, card_digest, load_cards
+from emergency_kit.knowledge.cards import SAFE_MINIMUM, Card, Source, card_digest, load_cards
 from emergency_kit.knowledge.emergency_numbers import Country, find_country, load_numbers, load_sources, localise
 from emergency_kit.knowledge.retrieve import Found, Retriever
 
@@ -128,7 +128,7 @@ class Answerer:
     def _check(self, asked: Asked, text: str) -> tuple[list[schemas.Line], list[schemas.Added]]:
         """`(lines, added steps)` of what has been written; without the guard its lines alone."""
         if not self.settings.guard:
-            return [schemas.Line(section=section or None, text=text[start:end]) for section, start, end in locate_lines(text)], []
+            return [schemas.Line(section=cast("schemas.Section", section) or None, text=text[start:end]) for section, start, end in locate_lines(text)], []
         guarded = guard_found(text, asked.retrieved, self.cards, asked.country, asked.situation)
         added = [schemas.Added(card_id=step.card_id, text=step.text, needs=step.without or None, instead=step.instead or None) for step in guarded.added]
         return [describe_line(line) for line in guarded.lines], added
@@ -171,7 +171,7 @@ def build_knowledge(cards: Mapping[str, Card], country: str) -> schemas.Knowledg
 def describe_line(line: GuardedLine) -> schemas.Line:
     """A guarded line as the server sends it."""
     return schemas.Line(
-        section=line.section or None, text=line.text, struck=schemas.Struck(card_id=line.card_id or None, rule=line.breaks) if line.breaks else None,
+        section=cast("schemas.Section", line.section) or None, text=line.text, struck=schemas.Struck(card_id=line.card_id or None, rule=line.breaks) if line.breaks else None,
         from_card=schemas.FromCard(card_id=line.card_id, text=line.card_line) if line.card_line else None, unknown_numbers=list(line.numbers),
         on_card=line.on_card if line.section == "guidance" else None)
 
@@ -186,7 +186,7 @@ def describe_card(card: Card, country: Country | None) -> schemas.CardOut:
                            never=[rule.text for rule in card.never], sources=[_describe_source(source) for source in card.sources], **fields)
 
 
-def _describe_source(source: object) -> schemas.SourceOut:
+def _describe_source(source: Source) -> schemas.SourceOut:
     return schemas.SourceOut(body=source.body, title=source.title, year=source.year)
 
 

@@ -12,7 +12,7 @@ import secrets
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, AsyncIterator
+from typing import Any, AsyncIterator, Literal
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -228,7 +228,7 @@ def _client(request: Request, user: str) -> str:
     return f"{request.client.host if request.client else ''} {user}"
 
 
-def _finish(answer: AnswerOut) -> str:
+def _finish(answer: AnswerOut) -> Literal["stop", "length"]:
     return "stop" if answer.checks.ended else "length"
 
 

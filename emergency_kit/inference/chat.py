@@ -174,6 +174,7 @@ class Chat:
         elif command == "/why":
             if asked.guarded is None:
                 self._check("")
+            assert asked.guarded is not None
             words = {hit.card_id: hit.words for hit in asked.found.ranked}
             _print(explain(asked.guarded, words, self.engine.description))
         elif command == "/add" and rest:

@@ -27,6 +27,9 @@ PROMPT_TOKENS = 2048
 class PreallocatedLayer(DynamicLayer):
     """keys, values: (rows, key heads, room, width), of which `length` tokens are filled and the others zero."""
 
+    keys: Tensor
+    values: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.length = 0

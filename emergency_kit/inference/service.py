@@ -10,7 +10,7 @@ import asyncio
 import json
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, AsyncIterator
+from typing import Any, AsyncGenerator
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -50,7 +50,7 @@ class Service:
         self.slots.check_room(client)
         return await asyncio.get_running_loop().run_in_executor(self._preparing, lambda: self.answerer.ask(**arguments))
 
-    async def stream(self, client: str, asked: Asked) -> AsyncIterator[Item]:
+    async def stream(self, client: str, asked: Asked) -> AsyncGenerator[Item, None]:
         """What happens to one request, in its order. Closing or cancelling it frees the slot."""
         turn = asyncio.ensure_future(self.slots.acquire(client))
         run: Run[Any] | None = None
@@ -95,7 +95,7 @@ class Service:
             try:
                 return [item async for item in stream if isinstance(item, AnswerOut)][-1]
             finally:
-                await stream.aclose()  # type: ignore[attr-defined]
+                await stream.aclose()
 
         answer, gone = asyncio.ensure_future(collect()), asyncio.ensure_future(_until_gone(request))
         try:

@@ -168,7 +168,7 @@ def _spots(item: Read, alternatives: Sequence[tuple[str, ...]]) -> list[tuple[in
 def _side_by_side(item: Read, start: int, words: Sequence[str]) -> int:
     """End of several words that stand together; a particle may stand off its verb: "turn the gas off"."""
     position = start + 1
-    for count, word in enumerate(words[1:], 1):
+    for word in words[1:]:
         places = item.at.get(word, ())
         allowed = 3 if len(words) == 2 and word in ("off", "out", "on", "up", "away", "down", "back", "in") else 0
         nearest = next((place for place in places if position <= place <= position + allowed), None)

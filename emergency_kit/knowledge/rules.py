@@ -116,7 +116,7 @@ def _find_prohibitions(reading: Reading, cards: Sequence[Card], actions: Sequenc
 
     What a card itself says in that place (a never-rule kept, an action that is a ban) is no prohibition.
     """
-    own = [finding.span for finding in (*actions, *rules) if finding.span and (isinstance(finding, ActionFinding) or finding.stance == "warned")]
+    own = [finding.span for finding in actions if finding.span] + [finding.span for finding in rules if finding.span and finding.stance == "warned"]
     wanted = [(name, pattern, False) for name, patterns in load_prohibitions().items() for pattern in patterns]
     for card in cards:
         patterns = card_patterns(card)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from emergency_kit.errors import DataError, UsageError
-from emergency_kit.knowledge.cards import Card, load_cards
+from emergency_kit.knowledge.cards import Card, Number, load_cards
 from emergency_kit.knowledge.check import MEANT, check_knowledge
 from emergency_kit.knowledge.emergency_numbers import Country, find_country, load_numbers, load_sources, localise
 
@@ -70,7 +70,7 @@ def describe_card(card: Card, where: Country | None = None) -> str:
     return "\n".join(lines)
 
 
-def _number(number) -> str:
+def _number(number: Number) -> str:
     low, high = number.tolerance
     span = f", {low:g} to {high:g} are taught" if low != high else ""
     return f"{number.what}: {number.value:g} {number.unit}{span} ({number.source}, {number.year})"

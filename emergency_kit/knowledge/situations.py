@@ -67,7 +67,7 @@ def load_situations(folder: Path = SITUATION_FOLDER) -> tuple[Situation, ...]:
 
 def _read(place: str, hazard: str, number: int, item: Mapping[str, Any], misleading: tuple[str, ...]) -> Situation:
     try:
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in item.items()}
+        values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in item.items()}
         values["tellings"] = tuple((telling["role"], telling["text"]) for telling in item["tellings"])
         situation = Situation(hazards=tuple(hazard.split("+")), number=number, misleading=misleading, **values)
     except (KeyError, TypeError) as error:

@@ -147,7 +147,7 @@ def choose(model: ModelSection, needs: str = "") -> Choice:
 
 def _import_backend(name: str) -> Backend:
     try:
-        return importlib.import_module(f"emergency_kit.model.{name}_backend")  # type: ignore[return-value]
+        return importlib.import_module(f"emergency_kit.model.{name}_backend")
     except (ImportError, RuntimeError, AttributeError, OSError) as error:  # Unsloth looks at the GPU and at many packages while it is imported
         if name != "unsloth":
             raise

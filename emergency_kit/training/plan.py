@@ -198,12 +198,12 @@ def _larger(made: Plan, rows: dict[str, Any], room: float | None) -> tuple[Plan,
     if not made.setting.on_gpu or not isinstance(training.per_device_train_batch_size, int):
         return None
     if made.setting.fused and training.gradient_checkpointing == "auto":
-        change = {"training.max_gpu_memory_gb": int(SPARE * made.room_bytes / 1e9)}
+        change: dict[str, Any] = {"training.max_gpu_memory_gb": int(SPARE * made.room_bytes / 1e9)}
         raised = change["training.max_gpu_memory_gb"] > training.max_gpu_memory_gb and made.setting.kept_layers < made.shape.layers
         return (make(changed(made.resolved, change), made.shape, rows, room, made.reason), change) if raised else None
     whole = step_rows(training)
     sizes = [size for size in range(whole, pass_rows(training), -1) if whole % size == 0]
-    tried = [{"training.gradient_checkpointing": False}] if training.gradient_checkpointing is True else []
+    tried: list[dict[str, Any]] = [{"training.gradient_checkpointing": False}] if training.gradient_checkpointing is True else []
     tried += [{"training.per_device_train_batch_size": size, "training.gradient_accumulation_steps": whole // size} for size in sizes]
     for change in [tried[0] | other for other in tried[1:]] * (len(tried) > 1 and training.gradient_checkpointing is True) + tried:
         other = make(changed(made.resolved, change), made.shape, rows, room, made.reason)

@@ -80,7 +80,7 @@ def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | N
 
     training = resolved.config.training
     setting = setting_of(resolved, shape, on_gpu=room is not None)
-    counted = plan_steps(resolved, len(rows["train"])) if rows else {"steps": training.max_steps, "epochs": training.num_epochs, "effective_batch":
+    counted: dict[str, Any] = plan_steps(resolved, len(rows["train"])) if rows else {"steps": training.max_steps, "epochs": training.num_epochs, "effective_batch":
                                                                    step_rows(training)}
     load = workload.measure(rows, resolved, setting.fused, setting.on_gpu, setting.compute_bytes, counted["steps"]) if rows \
         else workload.assumed(resolved, setting.fused, setting.on_gpu, setting.compute_bytes)

@@ -77,8 +77,8 @@ def install(causal_lm: torch.nn.Module, beta: float, sft_weight: float, neftune_
     original = causal_lm.forward
     head = find_head(causal_lm)
 
-    def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, labels: Tensor | None = None,
-                compared: Tensor | None = None, reference: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:
+    def forward(self: torch.nn.Module, input_ids: Tensor | None = None, attention_mask: Any = None, labels: Tensor | None = None,
+                compared: Any = None, reference: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **options: Any) -> Any:
         if labels is None:
             return original(input_ids=input_ids, attention_mask=attention_mask, **options)
         embedded = self.get_input_embeddings()(input_ids)

@@ -46,7 +46,8 @@ class Run:
     def results(self) -> dict[str, Any]:
         """What came of it, by name; None where it does not say."""
         state = self.state
-        summary, losses, validation = (state.get(key) or empty for key, empty in (("summary", {}), ("loss_history", []), ("validation_history", [])))
+        summary: dict[str, Any] = state.get("summary") or {}
+        losses, validation = (list(state.get(key) or ()) for key in ("loss_history", "validation_history"))
         return {
             "steps": f"{state.get('step')}/{state.get('max_steps') or state.get('step')}", "epochs": _number(state.get("epoch"), ".2f"),
             "first loss": _number(losses[0]["loss"] if losses else None, ".4f"), "last loss": _number(losses[-1]["loss"] if losses else None, ".4f"),

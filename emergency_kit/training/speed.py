@@ -73,7 +73,7 @@ def _time_models(models: list[tuple[Any, Any]], batches: list[dict[str, Any]], k
             fused.kept_layers = len(fused.layers)
         taken(model, True)  # warms up: buffers, threads, kernels
     rounds = [[(taken(model, True), taken(model, False)) for model, _ in models] for _ in range(TRIES[device.type])]
-    return [tuple(map(statistics.median, zip(*tries))) for tries in zip(*rounds)]  # type: ignore[misc]
+    return [tuple(map(statistics.median, zip(*tries))) for tries in zip(*rounds)]
 
 
 def _build(resolved: Resolved, tokenizer: Any, layers: int) -> tuple[Any, Any]:

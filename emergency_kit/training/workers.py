@@ -22,7 +22,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import Any, Callable, Iterator
+from typing import Any, Callable, Generator, Iterator
 
 from emergency_kit.config import REPOSITORY
 from emergency_kit.errors import Interrupted, KitError, TrainingError
@@ -47,7 +47,7 @@ class Workers:
         for worker in range(number):
             self.free.put(worker)
 
-    def run(self, calls: list[Callable[[], Any]], logs: list[Path]) -> Iterator[tuple[int, Any]]:
+    def run(self, calls: list[Callable[[], Any]], logs: list[Path]) -> Generator[tuple[int, Any], None, None]:
         """Yield what begins and what ends, as it does. Once stopped, calls that have not begun end with Interrupted and begin never."""
         with self._signals(), ThreadPoolExecutor(self.number) as pool:
             try:

@@ -79,7 +79,7 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     batches = [list(range(start, min(start + size, len(rows["validation"])))) for start in range(0, len(rows["validation"]), size)]
     evals = [evaluated(batch) for batch in batches]
     worst_eval = max(range(len(batches)), key=lambda batch: evals[batch].weight)
-    work = Workload(*(max(getattr(one, name) for one in seen.values()) for name in ("tokens", "longest", "supervised", "shared")),
+    work = Workload(*(max(getattr(one, name) for one in seen.values()) for name in ("tokens", "longest", "supervised", "shared")),  # type: ignore[call-arg]  # a starred generator has no length
                     *(max(getattr(one, name) for one in evals) for name in ("tokens", "longest", "supervised")), len(look.sizes | evaluated.sizes), len(look.blocks | evaluated.blocks))
     tokens = [int(lengths[step].sum()) for step in every]
     return Load(work, sum(tokens), sum(int((lengths[step] - rows["train"].prompts[step]).sum()) for step in every), mean * len(every),

@@ -19,7 +19,7 @@ async def settle():
         await asyncio.sleep(0)
 
 
-def test_one_clients_many_requests_do_not_stand_before_anothers_one():
+def test_one_clients_many_requests_do_not_stand_before_another_clients_one():
     async def story():
         slots, served = Slots(1, 64), []
 

@@ -26,7 +26,7 @@ def installed(*locks: str) -> dict[str, str]:
 @pytest.mark.parametrize("gpu_lock", GPU_LOCKS)
 def test_no_package_stands_in_two_versions(gpu_lock: str) -> None:
     found: dict[str, set[str]] = {}
-    for lock in ("requirements.lock", "requirements-test.lock", gpu_lock):
+    for lock in ("requirements.lock", "requirements-test.lock", "requirements-dev.lock", gpu_lock):
         for name, version in pins(lock).items():
             found.setdefault(name, set()).add(version)
     assert {name for name, versions in found.items() if len(versions) > 1} <= {"torch"}
@@ -46,7 +46,7 @@ def test_the_libraries_are_of_the_locks_own_cuda(lock: str) -> None:
     assert ends == {lock[-7:-5]} and "torch===" in Path(lock).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("extra, locks", [("", ("requirements.lock",)), ("test", ("requirements.lock", "requirements-test.lock")), *(("gpu", ("requirements.lock", lock)) for lock in GPU_LOCKS)])
+@pytest.mark.parametrize("extra, locks", [("", ("requirements.lock",)), ("test", ("requirements.lock", "requirements-test.lock")), ("dev", ("requirements.lock", "requirements-dev.lock")), *(("gpu", ("requirements.lock", lock)) for lock in GPU_LOCKS)])
 def test_the_locks_meet_what_the_project_asks_for(extra: str, locks: tuple[str, ...]) -> None:
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     pinned = installed(*locks)

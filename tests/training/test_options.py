@@ -299,9 +299,9 @@ def test_dpo_leaves_alone_what_both_answers_say() -> None:
 
     preference.install(model, 0.3, 0.5)
     changed, everything = said(0, [4]) + 1 - said(1, [4, 5]) - 2, said(0, [3, 4, 5, 6, 7]) + 1 - said(1, [3, 4, 5, 6, 7, 8]) - 2
-    for given, margin in ((batch, changed), (whole, everything)):
+    for asked, margin in ((batch, changed), (whole, everything)):
         wanted = -np.log(1 / (1 + np.exp(-0.3 * margin))) - 0.5 * said(0, [3, 4, 5, 6, 7]) / 5
-        assert model(**given)["loss"].item() == pytest.approx(wanted, rel=1e-4)
+        assert model(**asked)["loss"].item() == pytest.approx(wanted, rel=1e-4)
 
 
 @given(st.lists(st.floats(0, 10), max_size=12), st.floats(0, 1), st.integers(1, 4))

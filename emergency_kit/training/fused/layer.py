@@ -143,6 +143,7 @@ class Layer:
         own: of the shared pass, its keys with what descendants added; None elsewhere. need_input: whether anything below learns.
         """
         self._backward_mlp(saved, scratch, dx)
+        assert saved.q is not None and saved.k is not None and saved.v is not None and saved.attended is not None
         tokens = len(dx)
         dattended = scratch("dh", tokens, self.o.inputs + self.o.ranks)
         da = self.o.backward(dx, saved.attended, saved.read["o"], dattended, scratch)

@@ -139,6 +139,7 @@ class FusedStep:
                 one = layer.forward(tokens.part, tokens.blocks, x, None, tokens.rotation, read, self.scratch, kept, slot, out)
                 x = out
             saved.append(one)
+            assert one.k is not None and one.v is not None
             gradients = [kept(slot + name, *one.k.shape, dtype=torch.float32).zero_() for name in ("dk", "dv")] if backward else [one.k, one.v]
             keys.append(Keys(one.k, one.v, *gradients))
         return saved, keys
@@ -242,7 +243,7 @@ class _Step(torch.autograd.Function):
         return loss
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         factor = float(gradient)
         if factor != 1.0:
             torch._foreach_mul_(ctx.gradients, factor)
