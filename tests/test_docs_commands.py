@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "export": {"certificate_strings": 20, "certificate_answer_tokens": 40, "certificate_prompts": 1, "certificate_max_new_tokens": 16}}}
 # What a page shows in the large, as it is run here.
 SMALLER = {"checkpoint-20": "checkpoint-2", "FILE_OR_HUB_NAME": "outputs/data/embedded", "--max-steps 30": "--max-steps 2", "max_samples=200": "max_samples=4", "--max-samples 100": "--max-samples 2",
-           "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "max_samples=500": "max_samples=8", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
+           "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
 # Commands (the beginning of a line) that are not run, and why.
 NOT_RUN = {
     "make test": "the whole suite, an hour",
@@ -51,8 +51,9 @@ NOT_RUN = {
     "tail -f": "does not end"}
 # A path or verb that a command needs, and what makes it where it is not there.
 NEEDED = [
-    (r"outputs/experiment1", "outputs/experiment1", "emergency-kit train --output-dir outputs/experiment1"),
-    (r"infer|serve|evaluate|merge|export|gate|runs|lora\.adapter|checkpoints/final", "outputs/checkpoints/final", "emergency-kit train --overwrite"),
+    (r"runs compare", "outputs/experiment1", "emergency-kit train --output-dir outputs/experiment1"),
+    (r"make (?:infer|serve|evaluate|merge|export)|scripts/(?:infer|evaluate|merge|export)|kit (?:infer|serve|evaluate|merge|gate|runs)|lora\.adapter|checkpoints/final|ls -la|du -sh",
+     "outputs/checkpoints/final", "emergency-kit train --overwrite"),
     (r"merged/final", "outputs/merged/final", "emergency-kit merge --overwrite"),
     (r"-q8_0\.gguf|-q4_k_m\.gguf|--list-exports", "outputs/gguf/final-q4_k_m.gguf", "emergency-kit export-gguf --overwrite"),
     (r"\bgate\b", "outputs/evaluation_report.json", "emergency-kit evaluate"),
@@ -64,14 +65,15 @@ CLEARED = [
     (r"--resume-from", "outputs/checkpoints/final"),
     (r"^(?:make train|make pipeline|python scripts/train\.py(?!.*(?:--resume-from|--output-dir))|emergency-kit train --model-name)", "outputs/checkpoints/{final,crisis_agent_v2,preferred,checkpoint-*}"),
     (r"train\.py.*--output-dir", "outputs/experiment*"), (r"sweep", "outputs/sweep"), (r"^make merge|merge_lora", "outputs/merged"),
-    (r"export|serve|infer|upload|kit", "outputs/verdict.json"), (r"make export-(?:gguf|ollama|lmstudio)|export_gguf\.py.*--checkpoint", "outputs/gguf")]
+    (r"make export|export_gguf", "outputs/verdict.json"), (r"make export-(?:gguf|ollama|lmstudio)|export_gguf\.py.*--checkpoint", "outputs/gguf")]
 NOT_TO_SHIP = 7
+RUN: set[str] = set()  # commands that an earlier page has had run
 
 
 def blocks(page: Path) -> list[str]:
-    """A page's commands in their order, each once."""
+    """A page's commands in their order, each once, without their comments."""
     found = [line.strip() for block in re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) for line in block.replace("\\\n", " ").splitlines()]
-    return list(dict.fromkeys(line for line in found if line and not line.startswith("#")))
+    return list(dict.fromkeys(line.split(" #")[0].strip() for line in found if line and not line.startswith("#")))
 
 
 def reason_not_to_run(line: str) -> str:
@@ -144,9 +146,12 @@ def test_every_command_of_a_page_runs(page: Path, scratch: Path) -> None:
         pytest.skip("about an hour: make test-docs")
     failed = []
     for line in blocks(page):
+        if line in RUN:
+            continue
         if why := reason_not_to_run(line):
             print(f"{page}: not run ({why}): {line}", flush=True)
             continue
+        shown = line
         for large, small in SMALLER.items():
             line = line.replace(large, small)
         prepare(line, scratch)
@@ -154,6 +159,7 @@ def test_every_command_of_a_page_runs(page: Path, scratch: Path) -> None:
         code, said = bash(line, scratch)
         well = code == 0 or "do not ship" in said and code in (2, NOT_TO_SHIP)
         print(f"{page}: {'ok' if well else f'exit code {code}'}, {time.monotonic() - begun:.0f} s: {line}", flush=True)
+        RUN.add(shown)
         if not well:
             failed.append(f"{line}: exit code {code}: {said[-600:]}")
     assert not failed, "\n\n".join(failed)
