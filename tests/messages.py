@@ -20,10 +20,10 @@ from typing import Iterator
 PACKAGE = Path("emergency_kit")
 HOLE = "\0"
 # A hole is followed where what fills it is a sentence, or where the text around it says too little to be found by.
-SENTENCE_WORDS, ENOUGH_WORDS, MOST_TEXTS, MOST_TARGETS, DEEPEST = 4, 3, 200, 3, 7
+SENTENCE_WORDS, ENOUGH_WORDS, MOST_TEXTS, MOST_ELEMENTS, MOST_TARGETS, DEEPEST = 4, 3, 200, 40, 3, 7
 # Calls whose argument of this number is a message, too: `Refused(status, kind, text)`, and `Row(place, value, problem)`, a line that cannot be read.
 ARGUMENT = {"Refused": 2, "Row": 2, "_check": 1}
-SPOKEN = {("emergency_kit/cli.py", "_say"), ("emergency_kit/evaluation/gate.py", "_check"), ("emergency_kit/data/formats.py", "Row")}
+SPOKEN = {("cli", "_say"), ("evaluation/gate", "_check"), ("data/formats", "Row")}
 # Its ValueErrors are for who calls it wrongly; none reaches a user.
 OWN_BUSINESS = {"statistics.py"}
 
@@ -83,7 +83,7 @@ class Package:
         raised = {id(node.exc) for module in self.modules.values() for node in ast.walk(module) if isinstance(node, ast.Raise)}
         for path, call, scope in self.at:
             name = _name(call.func)
-            known = name in self.errors or (str(path), name) in SPOKEN or (name == "ValueError" and id(call) in raised and path.name not in OWN_BUSINESS)
+            known = name in self.errors or any(name == spoken and str(path).startswith(f"emergency_kit/{room}") for room, spoken in SPOKEN) or (name == "ValueError" and id(call) in raised and path.name not in OWN_BUSINESS)
             position = ARGUMENT.get(name, 0)
             if not known or position >= len(call.args) or path.name == "errors.py":
                 continue
@@ -208,7 +208,7 @@ class Package:
         first = 1 if given[:1] in (["self"], ["cls"]) else 0
         found: set[str] = set()
         for call, scope in self.calls.get(function.name, []):
-            if function.name.startswith("_") and scope.stem != stem:
+            if scope.stem != stem and (function.name.startswith("_") or len(self.functions[function.name]) > 1):
                 continue
             for keyword in call.keywords:
                 if keyword.arg == name:
@@ -226,7 +226,8 @@ class Package:
             return set()
         if key not in self._found:
             self._found[key] = set()
-            self._found[key] = self._elements(node, scope, depth)
+            found = self._elements(node, scope, depth)
+            self._found[key] = found if len(found) <= MOST_ELEMENTS else set()  # a name that means many things means none
         return self._found[key]
 
     def _elements(self, node: ast.AST, scope: Scope, depth: int) -> set[str]:
@@ -288,7 +289,7 @@ class Package:
                             found |= self._listed(target.args.args[at].arg, Scope((target,), inside.module, inside.stem), depth + 1)
         given = [one.arg for one in body.args.args]
         for call, around in self.calls.get(body.name, []) if name in given else ():
-            if body.name.startswith("_") and around.stem != scope.stem:
+            if around.stem != scope.stem and (body.name.startswith("_") or len(self.functions[body.name]) > 1):
                 continue
             if given.index(name) < len(call.args) and isinstance(handed := call.args[given.index(name)], ast.Name):
                 found |= self._listed(handed.id, around, depth + 1)

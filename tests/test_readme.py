@@ -113,6 +113,14 @@ def test_every_command_of_a_block_is_one_that_the_kit_takes() -> None:
     assert seen > 60
 
 
+@pytest.mark.parametrize("line", ["emergency-kit trian", "emergency-kit train --epoch 3", "python scripts/train.py --max-steps many", "make trian", "make plan ARGS=--gpus",
+                                  "emergency-kit data cache prune --days"])
+def test_a_wrong_command_is_refused(line: str) -> None:
+    with pytest.raises((AssertionError, TyperException)):
+        for shown in written_out(line):
+            parse(kit_words(shown))
+
+
 def test_every_command_in_the_text_names_a_verb_and_flags_that_exist() -> None:
     for line in inline_commands():
         for shown in written_out(re.sub(r"=\Z", "=2", line)):
