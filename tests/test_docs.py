@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from emergency_kit.config import FILES, load_config
+from emergency_kit.errors import ConfigError
 from tests.model.test_locks import pins
 
 ROOTS = ("*.md", "docs/**/*.md", "benchmarks/**/*.md", "recipes/**/*.md", "examples/**/*.md", "emergency_kit/**/*.md", "tests/**/*.md")
@@ -117,13 +118,13 @@ def test_every_yaml_block_is_valid(tmp_path: Path) -> None:
     for page, block in blocks:
         try:
             check_yaml(block, tmp_path)
-        except Exception as error:
+        except (AssertionError, ConfigError, yaml.YAMLError) as error:
             raise AssertionError(f"{page}: {error}") from error
 
 
 @pytest.mark.parametrize("block", ["training:\n  learning_rat: 1e-4\n", "lora:\n  r: none\n", "trainin:\n  r: 1\n"])
 def test_a_wrong_yaml_block_is_refused(block: str, tmp_path: Path) -> None:
-    with pytest.raises((AssertionError, ValueError, Exception)):
+    with pytest.raises((AssertionError, ConfigError)):
         check_yaml(block, tmp_path)
 
 
