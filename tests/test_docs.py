@@ -150,8 +150,7 @@ def navigation(entries: list[Any]) -> list[str]:
 
 
 def mkdocs_config() -> dict[str, Any]:
-    text = Path("mkdocs.yml").read_text(encoding="utf-8")
-    return yaml.safe_load(re.sub(r"!!python\S+", "", text))
+    return yaml.safe_load(Path("mkdocs.yml").read_text(encoding="utf-8"))
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -214,9 +213,9 @@ def test_the_site_is_read_and_searched_from_files_without_a_network(site: Path) 
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        asked: list[str] = []
         for width in (390, 1280):
             page = browser.new_context(viewport={"width": width, "height": 844}, offline=True).new_page()
-            asked: list[str] = []
             page.on("request", lambda request: asked.append(request.url))
             for name in ("index.html", "docs/Training.html", "docs/Troubleshooting.html", "docs/Configuration.html", "benchmarks/RESULTS.html"):
                 page.goto((site / name).resolve().as_uri())
