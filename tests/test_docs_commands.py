@@ -158,7 +158,7 @@ def test_every_command_of_a_page_runs(page: Path, scratch: Path) -> None:
         prepare(line, scratch)
         begun = time.monotonic()
         code, said = bash(line, scratch)
-        well = code == 0 or "do not ship" in said and code in (2, NOT_TO_SHIP)
+        well = code == 0 or line.startswith("grep ") and code == 1 or "do not ship" in said and code in (2, NOT_TO_SHIP)
         print(f"{page}: {'ok' if well else f'exit code {code}'}, {time.monotonic() - begun:.0f} s: {line}", flush=True)
         RUN.add(shown)
         if not well:
