@@ -187,7 +187,7 @@ docs: $(VENV)/installed-docs.txt ## Build the documentation as a site that needs
 	@$(VENV)/bin/python docs/site/stage.py outputs/docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet && echo "Built: outputs/site/index.html"
 
-test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README.md and docs/, page by page, in a scratch copy with small settings (ARGS="-k Training" one page; about an hour)
+test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README.md and docs/, page by page, in a scratch copy with small settings (ARGS="-k Training" for one page; long)
 	@EMERGENCY_KIT_DOCS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_docs_commands.py -s $(ARGS)
 
 prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); a streamed run, an evaluation and a sweep of two workers disturbed likewise (17 minutes)
