@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install docs test-docs
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -196,6 +196,11 @@ first-answer: ## Time from a bare clone to the first answer, with nothing kept f
 prove-first-contact: setup $(VENV)/installed-test.txt ## A whole set-up as a stranger meets it: odd path, no git, no compiler, no home, C locale, killed half way, moved, no network (two downloads, ten minutes)
 	@EMERGENCY_KIT_FIRST_CONTACT=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s tests/test_first_contact.py $(ARGS)
 
+$(VENV)/installed-docs.txt: requirements-docs.lock | $(VENV)/installed.txt
+	@echo "Installing what only the docs need ..."
+	@$(PIP) -r $< 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: the packages of the docs could not be installed; check the network and the package index, then: make docs" >&2; exit 2; }
+	@cp $< $@
+
 screenshots: setup $(VENV)/installed-test.txt ## Take the screenshots of the page in docs/images (KIT_CHECKPOINT=outputs/merged/final names another model)
 	@bash tests/install_browser.sh
 	@KIT_SCREENSHOTS=docs/images KIT_CHECKPOINT=$(or $(KIT_CHECKPOINT),outputs/merged/final) $(VENV)/bin/python -m pytest tests/inference/test_page.py -k screenshots
@@ -214,6 +219,14 @@ fuzz-serve: setup $(VENV)/installed-test.txt ## 100,000 fuzzed requests to a ser
 test: setup $(VENV)/installed-test.txt ## Run the tests
 	@bash tests/install_browser.sh
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+# MkDocs' makers announce a second version with every build; the pins stay with the first.
+docs: $(VENV)/installed-docs.txt ## Build the documentation as a site that needs no server and no network (outputs/site/index.html)
+	@$(VENV)/bin/python docs/site/stage.py outputs/docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet && echo "Built: outputs/site/index.html"
+
+test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README.md and docs/, page by page, in a scratch copy with small settings (ARGS="-k Training" for one page; long)
+	@EMERGENCY_KIT_DOCS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_docs_commands.py -s $(ARGS)
 
 prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); a streamed run, an evaluation and a sweep of two workers disturbed likewise (17 minutes)
 	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py tests/training/test_fsdp.py tests/training/test_sweep.py tests/evaluation/test_divided.py tests/training/test_data_of_ranks.py $(ARGS)

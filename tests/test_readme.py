@@ -1,15 +1,24 @@
-"""The commands that README, docs and guide show: make targets exist, scripts know the flags, files and links are there."""
+"""The commands that README, docs and guide show: make targets exist, the kit's own parser takes every line, files and links are there."""
 
 from __future__ import annotations
 
+import functools
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.exceptions import TyperException
+from typer.main import get_group
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+from emergency_kit import cli
+from emergency_kit.config import load_config
+from emergency_kit.errors import KitError
+
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").rglob("*.md"))]
 # Every target that the guide names.
 GUIDE_TARGETS = {"setup", "verify", "train", "evaluate", "infer", "merge", "export-gguf", "pipeline", "test", "help", "clean"}
 
@@ -35,19 +44,103 @@ def test_every_make_target_of_the_guide_and_the_pages_exists() -> None:
     assert all(f"make {target}" in listed for target in GUIDE_TARGETS)
 
 
-def test_every_script_command_uses_flags_that_exist() -> None:
+@functools.cache
+def group() -> Any:
+    return get_group(cli.app)
+
+
+def words_of(line: str) -> list[str]:
+    """The words of one command, without what leads its output elsewhere or follows after it."""
+    words = shlex.split(line, comments=True)
+    ends = [place for place, word in enumerate(words) if word in ("|", ">", "<", "&&", "&", ";") or word.endswith(";")]
+    return words[:ends[0]] if ends else words
+
+
+def kit_words(line: str) -> list[str] | None:
+    """What the command line of the kit gets from a line of a page; None where it is no call of the kit. What goes before (torchrun, a variable) is not looked at."""
+    words = words_of(line)
+    for place, word in enumerate(words):
+        if word.endswith("emergency-kit") and word != "ai-emergency-kit":
+            return words[place + 1:]
+        if script := re.fullmatch(r"scripts/(\w+)\.py", word):
+            named = re.search(r'main\("([\w-]+)"\)', Path(word).read_text(encoding="utf-8"))
+            assert named, f"{script[0]} names no verb"
+            return [named[1], *words[place + 1:]]
+    return None
+
+
+def parse(words: list[str]) -> dict[str, Any]:
+    """What the kit's own parser makes of a command line; nothing is run. An error of the parser is the test's."""
+    command, names = group(), list(words)
+    while hasattr(command, "commands"):
+        assert names, f"a verb is missing in: {' '.join(words)}"
+        assert names[0] in command.commands, f"no verb {names[0]!r}: {' '.join(words)}"
+        command = command.commands[names.pop(0)]
+    return {"verb": " ".join(words[:len(words) - len(names)]), **command.make_context("emergency-kit", names).params}
+
+
+def written_out(line: str) -> list[str]:
+    """The kit's calls that a `make` line comes to, by make's own dry run; other lines as they are."""
+    words = [word for word in words_of(line) if not re.fullmatch(r"[A-Z_]+=\S*", word)] if line else []
+    if words[:1] != ["make"]:
+        return [line]
+    done = subprocess.run(["make", "-n", *words_of(line)[words_of(line).index("make") + 1:]], capture_output=True, text=True)
+    assert done.returncode == 0, f"{line}: {done.stderr}"
+    return [shown for shown in done.stdout.replace("\\\n", " ").splitlines() if "bin/emergency-kit" in shown]
+
+
+def inline_commands() -> list[str]:
+    """Commands in the text of the pages that are whole: with a verb, and no place-holder in dots."""
+    found = {span for page in PAGES for span in re.findall(r"`((?:emergency-kit|make|python scripts/\w+\.py) [^`]+)`", without_blocks(page))}
+    return sorted(span for span in found if "..." not in span)
+
+
+def without_blocks(page: Path) -> str:
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def test_every_command_of_a_block_is_one_that_the_kit_takes() -> None:
+    """Verbs, flags and their values by the command line's own parser; settings by the config's own check; make's by a dry run."""
     seen = 0
     for line in commands():
-        if match := re.search(r"(?:python scripts/(\w+)\.py|emergency-kit ((?:config|data|knowledge) \w+(?: (?:list|prune)\b)?|[a-z-]+))(.*)", line):
-            script, verb, rest = match.groups()
-            program = ["python", f"scripts/{script}.py"] if script else ["emergency-kit", *verb.split()]
-            program[0] = str(Path(".venv/bin") / program[0]) if (Path(".venv/bin") / program[0]).exists() else program[0]
-            helped = subprocess.run([*program, "--help"], capture_output=True, text=True)
-            assert helped.returncode == 0, line
-            for flag in re.findall(r"(?<!\S)(--?[a-z][a-z-]*)", rest):
-                assert re.search(rf"(?<!\S){flag}\b", helped.stdout.replace(",", " ")), f"{flag} in {line}"
+        for shown in written_out(line):
+            words = kit_words(shown)
+            if words is None or "FILE" in " ".join(words):
+                continue
+            given = parse(words)
+            if given.get("set_") and given["verb"] != "sweep":
+                load_config(given["profile"], given.get("config"), given["set_"])
             seen += 1
-    assert seen > 10
+    assert seen > 60
+
+
+@pytest.mark.parametrize("line", ["emergency-kit trian", "emergency-kit train --epoch 3", "python scripts/train.py --max-steps many", "make trian", "make plan ARGS=--gpus",
+                                  "emergency-kit data cache prune --days"])
+def test_a_wrong_command_is_refused(line: str) -> None:
+    with pytest.raises((AssertionError, TyperException, KitError)):
+        for shown in written_out(line):
+            parse(kit_words(shown))
+
+
+def test_every_command_in_the_text_names_a_verb_and_flags_that_exist() -> None:
+    for line in inline_commands():
+        for shown in written_out(re.sub(r"=\Z", "=2", line)):
+            words = kit_words(shown)
+            if words is not None:
+                try:
+                    parse(words)
+                except TyperException as error:
+                    assert error.format_message().startswith("Missing ") or "requires an argument" in error.format_message(), f"{line}: {error.format_message()}"
+
+
+def test_every_file_that_a_command_names_is_there_or_made() -> None:
+    """Paths that are neither below outputs/ nor in capitals (a place to be filled in) nor made by a command of the same page."""
+    made = re.compile(r"(?:outputs|emergency_kit/knowledge/c\w+)/|~|\.?\./|/")
+    for line in commands():
+        for word in words_of(line):
+            path = word.rpartition("=")[2]
+            if re.fullmatch(r"[\w.-]+(?:/[\w.-]+)+", path) and not made.match(path) and path != "owner/name" and not path.isupper():
+                assert Path(path).exists(), f"{path} in {line}"
 
 
 def test_a_dry_run_of_make_reaches_every_verb() -> None:
