@@ -123,7 +123,7 @@ def ask(contestant: Contestant, prompts: Sequence[Messages], max_new_tokens: int
         found = []
         for number, (temperature, seed) in enumerate(rounds):
             before = number * len(prompts)
-            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))
+            found.append(contestant.answer(prompts, max_new_tokens, lambda done, tokens: progress.update(before + done, tokens), temperature, seed))  # noqa: B023  called in its own turn
     kept = contestant.kept - kept
     print(f"  {name}: {contestant.engine}" + (f"; {kept} of {len(prompts) * len(rounds)} answers kept from an earlier run" if kept else ""), flush=True)
     return list(zip(*found))
