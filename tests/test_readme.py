@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").glob("*.md"))]
+PAGES = [Path("README.md"), Path("CONTRIBUTING.md"), *sorted(Path("docs").rglob("*.md"))]
 # Every target that the guide names.
 GUIDE_TARGETS = {"setup", "verify", "train", "evaluate", "infer", "merge", "export-gguf", "pipeline", "test", "help", "clean"}
 
