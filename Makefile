@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install docs test-docs
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test test-tutorials storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install docs test-docs
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -227,6 +227,9 @@ docs: $(VENV)/installed-docs.txt ## Build the documentation as a site that needs
 
 test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README.md and docs/, page by page, in a scratch copy with small settings (ARGS="-k Training" for one page; long)
 	@EMERGENCY_KIT_DOCS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_docs_commands.py -s $(ARGS)
+
+test-tutorials: setup $(VENV)/installed-test.txt ## Do every tutorial to its end, from the model that make pipeline has trained (half an hour; npm and the package index for the kit)
+	@EMERGENCY_KIT_TUTORIALS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s tests/test_tutorials.py $(ARGS)
 
 prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); a streamed run, an evaluation and a sweep of two workers disturbed likewise (17 minutes)
 	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py tests/training/test_fsdp.py tests/training/test_sweep.py tests/evaluation/test_divided.py tests/training/test_data_of_ranks.py $(ARGS)
