@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def try_longest(trainer: "KitTrainer", load: "Load") -> None:
     """Train on, evaluate and serialise the heaviest rows. Raises TrainingError when a single row does not fit."""
-    from emergency_kit.training.trainer import random_states, set_random_states
+    from emergency_kit.training.randomness import random_states, set_random_states
 
     counters, drawn = dataclasses.replace(trainer.facts.counters), random_states()
     kept, trainer.trying = copy.copy(trainer.step_loss), True

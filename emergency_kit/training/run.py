@@ -200,11 +200,13 @@ def _run(run: _Run) -> Path:
 def _train(run: _Run, stop: Stop) -> Path:
     from emergency_kit.model.backend import load_for_training
     from emergency_kit.training import callbacks, engine, fit, workload
+    from emergency_kit.training.batches import RowDataset
     from emergency_kit.training.curves import CurvesCallback
     from emergency_kit.training.first_try import try_longest
     from emergency_kit.training.health import HealthCallback
     from emergency_kit.training.preference import PairDataset
-    from emergency_kit.training.trainer import KitTrainer, RowDataset, RunEnded
+    from emergency_kit.training.resumed import RunEnded
+    from emergency_kit.training.trainer import KitTrainer
 
     config, training, state = run.resolved.config, run.resolved.config.training, run.start.state
     model, rows = config.model, run.rows

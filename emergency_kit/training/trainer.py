@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import random
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.data.stream import StreamRows
-from emergency_kit.data.tokenize import IGNORE, TokenRows
+from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.errors import TrainingError
 from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule, sharding
+from emergency_kit.training.batches import RankBatches, StepSampler, StreamBatches, collate
 from emergency_kit.training.callbacks import LOG, BestCallback
 from emergency_kit.training.engine import causal_lm_of
 from emergency_kit.training.gauge import Gauge
+from emergency_kit.training.randomness import random_states, set_random_states
+from emergency_kit.training.resumed import RunCallback
 from emergency_kit.training.stopping import StopRequested
 
 if TYPE_CHECKING:
@@ -38,122 +39,9 @@ if TYPE_CHECKING:
     from emergency_kit.training.stopping import Stop
 
 
-class RowDataset(Dataset):
-    """TokenRows as a torch Dataset of `{"input_ids", "labels"}` lists."""
-
-    def __init__(self, rows: TokenRows):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-
-class StepSampler(Sampler[int]):
-    """Shuffled by seed and epoch, then sorted by length within each optimizer step.
-
-    The rows of a step stay the same, so its gradient does too; only the padding between its forward
-    passes goes away. step_rows: rows of one optimizer step over accumulation and ranks.
-    """
-
-    def __init__(self, lengths: Any, step_rows: int, seed: int):
-        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of an epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        # A tensor: a list of Python's numbers would take 40 bytes a row on every rank.
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
-        for start in range(0, len(order), self.step_rows):
-            yield from sorted(order[start:start + self.step_rows].tolist(), key=lambda row: (-int(self.lengths[row]), row))
-
-
-class StreamBatches:
-    """RankBatches of a stream: places in its order as it is, `steps` steps long, none held."""
-
-    def __init__(self, steps: int, step_rows: int, rows: int, rank: int, world: int):
-        self.steps, self.step_rows, self.rows, self.rank, self.world = steps, step_rows, rows, rank, world
-
-    def set_epoch(self, epoch: int) -> None:
-        """A stream's epochs are its own."""
-
-    def __len__(self) -> int:
-        return self.steps * (self.step_rows // (self.rows * self.world))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        together = self.rows * self.world
-        for first in range(0, self.steps * self.step_rows, together):
-            yield list(range(first + self.rank, first + together, self.world))
-
-
-class RankBatches:
-    """Of each step's rows (`StepSampler`'s), the batches of one rank; each rank has as many, so that they exchange gradients as often.
-
-    rows: of a batch. Where a last step has fewer rows than there are ranks, some get a batch without any (`collate` makes one of it that
-    counts nothing): no row is taken twice or left out in an epoch, and a step's rows are the same whatever the number of ranks.
-    """
-
-    def __init__(self, sampler: StepSampler, rows: int, rank: int, world: int):
-        self.sampler, self.rows, self.rank, self.world = sampler, rows, rank, world
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of an epoch, counted from 0."""
-        self.sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.sampler.step_rows)
-        together = self.rows * self.world
-        return whole * (self.sampler.step_rows // together) + -(-rest // together)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order, together = iter(self.sampler), self.rows * self.world
-        while step := list(itertools.islice(order, self.sampler.step_rows)):
-            for first in range(0, len(step), together):
-                yield step[first:first + together][self.rank::self.world]
-
-
-def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels. Of no rows, one of a single token without a label."""
-    rows = rows or [{"input_ids": [pad_id], "labels": [IGNORE]}]
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([values + [fill] * (longest - len(values)) for values in lists])
-
-    return {"input_ids": padded([row["input_ids"] for row in rows], pad_id),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": padded([row["labels"] for row in rows], IGNORE)}
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU's or the computer's memory did not suffice."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
-def random_states() -> dict[str, Any]:
-    """States of all random number generators that training draws from."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put the generators back."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-class RunEnded(Exception):
-    """A resumed run whose patience was out where it was left: nothing more is trained."""
 
 
 class KitTrainer(Trainer):
@@ -191,7 +79,7 @@ class KitTrainer(Trainer):
         # The first label of a row belongs to the prompt and is IGNORE, so both ways of counting agree.
         self._loss_shifts_labels = True
         self.add_callback(BestCallback(self.config))
-        self.add_callback(_RunCallback(self))
+        self.add_callback(RunCallback(self))
 
     def _on_pass(self, done: int) -> None:
         if self.model.training:
@@ -470,31 +358,3 @@ class KitTrainer(Trainer):
             self._save_rng_state(folder)
             file = next(Path(folder).iterdir())
             return file.name, file.read_bytes()
-
-
-class _RunCallback(TrainerCallback):
-    """Tells the sampler its epoch whatever dataloader wraps it (accelerate's skipping one does not), and puts a resumed run where
-    it was: losses not logged yet, an evaluation that was due, and this run's own intervals instead of the checkpoint's."""
-
-    def __init__(self, trainer: KitTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, carry = self.trainer, self.trainer.resumed.get("loss_carry")
-        state.compute_steps(args, state.max_steps)
-        if carry:
-            trainer._tr_loss += carry["sum"]
-            trainer._total_loss_scalar, trainer._globalstep_last_logged = carry["total"], int(carry["logged_step"])
-        if trainer.resumed:
-            schedule.follow_config(trainer.optimizer, trainer.lr_scheduler, trainer.config, trainer.facts.resolved.config.lora.loraplus_lr_ratio)
-        trainer.mark()
-        if trainer.is_fsdp_enabled and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the whole weights that were divided
-        trainer.before_training(trainer)
-        if trainer.resumed.get("evaluation_due"):
-            trainer._evaluate(None, None)
-        if trainer.resumed and best.is_exhausted(best.validation_history(state), trainer.config):
-            raise RunEnded
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))

@@ -17,11 +17,11 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Mist
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.training import loss
+from emergency_kit.training.batches import collate
 from emergency_kit.training.fused import attention
 from emergency_kit.training.fused.linears import Masks
 from emergency_kit.training.fused.step import FusedStep, unsupported
 from emergency_kit.training.fused.tree import LEAST_SAVED_TOKENS, Row, plan_step
-from emergency_kit.training.trainer import collate
 
 VOCABULARY = 97
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.training import end_to_end, loss
-from emergency_kit.training.trainer import collate
+from emergency_kit.training.batches import collate
 
 VOCABULARY = 97
 # (length, prompt length) of four rows; the last has one supervised token only.
