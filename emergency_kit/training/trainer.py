@@ -25,7 +25,7 @@ from emergency_kit.artifacts import verify_folder
 from emergency_kit.data.stream import StreamRows
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.errors import TrainingError
-from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule, sharding
+from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule, sharding, zero
 from emergency_kit.training.batches import RankBatches, StepSampler, StreamBatches, collate
 from emergency_kit.training.callbacks import LOG, BestCallback
 from emergency_kit.training.engine import causal_lm_of
@@ -51,7 +51,7 @@ class KitTrainer(Trainer):
     generates, measured with every validation loss. rising_from: see `create_scheduler`. before_training: called once all is ready for the first
     step. evaluation_due: the last step is trained, its validation loss not yet measured. step_loss: of the step under way, as far as its
     passes are done; last_loss: of the last whole one. trying: rows are only tried for their memory. stops: how many ranks were asked to stop by the last
-    batch; carried: the losses not logged yet, as a mean over ranks.
+    batch; carried: the losses not logged yet, as a mean over ranks. groups: the optimizer's parameter groups, as they are before DeepSpeed divides them.
     """
 
     def __init__(self, *args: Any, facts: "checkpoint.RunFacts", stop: "Stop", pad_id: int, fused: "FusedStep | None" = None,
@@ -80,6 +80,11 @@ class KitTrainer(Trainer):
         self._loss_shifts_labels = True
         self.add_callback(BestCallback(self.config))
         self.add_callback(RunCallback(self))
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether something of the run is divided among the ranks (FSDP2, DeepSpeed), which exchange in every pass then, a tried one too."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _on_pass(self, done: int) -> None:
         if self.model.training:
@@ -115,10 +120,14 @@ class KitTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, but in LoRA+'s groups where `lora.loraplus_lr_ratio` is set."""
         ratio = self.facts.resolved.config.lora.loraplus_lr_ratio
-        if ratio is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind(schedule.group_parameters(self.model, self.get_decay_parameter_names(self.model), self.config, ratio), **options)
+        if ratio is None:
+            super().create_optimizer(model)
+        else:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(schedule.group_parameters(self.model, self.get_decay_parameter_names(self.model), self.config, ratio), **options)
+        self.groups = [dict(group) for group in self.optimizer.param_groups]
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -130,20 +139,38 @@ class KitTrainer(Trainer):
         return self.lr_scheduler
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """The compute type of a divided model, which accelerate does not give to its forward pass."""
+        """The compute type of a divided model, which accelerate does not give to its forward pass, and that under DeepSpeed, which it leaves to DeepSpeed."""
+        if self.is_deepspeed_enabled:
+            dtype = getattr(torch, self.facts.compute_type)
+            return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32)
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager(cache_enabled)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> tuple[Any, DataLoader]:
+        """The Trainer's own; under DeepSpeed it goes on from DeepSpeed's checkpoints alone, so that the kit's is loaded around it."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+        self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps  # which accelerate does itself, with a warning
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        zero.limit_waiting(self.model_wrapped, self.config.rank_timeout_seconds)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.facts.first is None and not self.is_fsdp_enabled:
+        if self.facts.first is None and not self.exchanging:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             checkpoint.load_weights(self.model, Path(resume_from_checkpoint), self.facts.first)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None or (not self.is_fsdp_enabled and Path(folder, sharding.OPTIMIZER).is_file()):
+        if folder is None or (not self.exchanging and Path(folder, sharding.OPTIMIZER).is_file()):
             super()._load_optimizer_and_scheduler(folder)
         else:
-            sharding.load_optimizer(self.optimizer, Path(folder))
+            if self.is_deepspeed_enabled:
+                zero.load_optimizer(self.optimizer.optimizer, self.groups, sharding.read_optimizer(Path(folder)))
+            else:
+                sharding.load_optimizer(self.optimizer, Path(folder))
             self.lr_scheduler.load_state_dict(torch.load(Path(folder, "scheduler.pt"), weights_only=True))
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
@@ -175,6 +202,8 @@ class KitTrainer(Trainer):
         self.stop.check()
         if self.stops:
             raise StopRequested
+        if self.trying and self.is_deepspeed_enabled:
+            num_items_in_batch = torch.tensor(float("inf"), device=self.args.device)  # it keeps gradients out of reach; these are all nought
         gradients, drawn = self._gradients(), random_states()
         computed = self.facts.counters.tokens_computed
         while True:
@@ -207,7 +236,11 @@ class KitTrainer(Trainer):
         parts, total = self._parts(inputs), None
         for number, part in enumerate(parts, 1):
             # Ranks exchange gradients once, with the last part; none when rows are only tried (but divided, when they would be kept within FSDP).
-            with contextlib.nullcontext() if number == len(parts) and (not self.trying or self.is_fsdp_enabled) else self.accelerator.no_sync(model):
+            if number == len(parts) and (not self.trying or self.is_fsdp_enabled):
+                exchange = contextlib.nullcontext()
+            else:
+                exchange = zero.without_step(self.accelerator) if self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+            with exchange:
                 loss = super().training_step(model, part, num_items_in_batch)
             if self.fused is not None:
                 self.facts.counters.tokens_computed += self.fused.last_plan.tokens
@@ -284,7 +317,7 @@ class KitTrainer(Trainer):
             self.fused.keep_none()
             LOG.warning("Out of memory at step %d: no layer's activations are kept from here on", step)
             return
-        if self.args.world_size > 1 and (not self.trying or self.is_fsdp_enabled):
+        if self.args.world_size > 1 and (not self.trying or self.exchanging):
             raise TrainingError(f"out of memory at step {step} on rank {self.args.process_index} of {self.args.world_size}, which cannot take a step again alone; lower "
                                 "training.per_device_train_batch_size (and raise gradient_accumulation_steps as much); the same command goes on from the last checkpoint") from None
         if self.facts.pieces >= rows:
@@ -332,10 +365,14 @@ class KitTrainer(Trainer):
         states = ranks.gathered(self._random_file()) if self.args.world_size > 1 else []
         self.carried = ranks.total(float(self._tr_loss))[0] / ranks.world()
         in_parts = sharding.writes_shards()
-        gathered = sharding.whole(self.optimizer.state_dict()) if self.is_fsdp_enabled and not in_parts else None
+        gathered = None
+        if self.is_deepspeed_enabled:
+            gathered = zero.gathered(self.optimizer.optimizer, self.groups, keep=ranks.is_first())
+        elif self.is_fsdp_enabled and not in_parts:
+            gathered = sharding.whole(self.optimizer.state_dict())
 
         def fill(temporary: Path) -> None:
-            if not self.is_fsdp_enabled:
+            if not self.exchanging:
                 self._save_optimizer_and_scheduler(str(temporary))
             else:
                 torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
