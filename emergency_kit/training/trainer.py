@@ -167,11 +167,13 @@ class KitTrainer(Trainer):
         if folder is None or (not self.exchanging and Path(folder, sharding.OPTIMIZER).is_file()):
             super()._load_optimizer_and_scheduler(folder)
         else:
+            scheduler = torch.load(Path(folder, "scheduler.pt"), weights_only=True)
             if self.is_deepspeed_enabled:
                 zero.load_optimizer(self.optimizer.optimizer, self.groups, sharding.read_optimizer(Path(folder)))
+                scheduler = zero.without_empty_groups(scheduler, self.groups)
             else:
                 sharding.load_optimizer(self.optimizer, Path(folder))
-            self.lr_scheduler.load_state_dict(torch.load(Path(folder, "scheduler.pt"), weights_only=True))
+            self.lr_scheduler.load_state_dict(scheduler)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Supervised tokens of a step over its passes and ranks; under DPO, pairs. One where a stream's rows were all dropped, for nothing to be divided by."""
@@ -365,17 +367,16 @@ class KitTrainer(Trainer):
         states = ranks.gathered(self._random_file()) if self.args.world_size > 1 else []
         self.carried = ranks.total(float(self._tr_loss))[0] / ranks.world()
         in_parts = sharding.writes_shards()
-        gathered = None
-        if self.is_deepspeed_enabled:
-            gathered = zero.gathered(self.optimizer.optimizer, self.groups, keep=ranks.is_first())
-        elif self.is_fsdp_enabled and not in_parts:
+        gathered = zero.gathered(self.optimizer.optimizer, self.groups, keep=ranks.is_first()) if self.is_deepspeed_enabled else None
+        if self.is_fsdp_enabled and not in_parts:
             gathered = sharding.whole(self.optimizer.state_dict())
 
         def fill(temporary: Path) -> None:
             if not self.exchanging:
                 self._save_optimizer_and_scheduler(str(temporary))
             else:
-                torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
+                scheduler = self.lr_scheduler.state_dict()
+                torch.save(zero.with_empty_groups(scheduler, self.groups) if self.is_deepspeed_enabled else scheduler, temporary / "scheduler.pt")
                 if gathered is not None:
                     torch.save(gathered, temporary / sharding.OPTIMIZER)
             self._save_scaler(str(temporary))

@@ -54,6 +54,7 @@ def check(config: Config) -> None:
             ("training.finetuning_type full", ddp, training.finetuning_type == "full"),
             (f"training.optim {training.optim}", "--set training.optim=adamw_torch", training.optim != "adamw_torch"),
             (f"lora.init {config.lora.init}", "--set lora.init=default", config.lora.init != "default"),
+            ("training.lr_scheduler_type reduce_lr_on_plateau", "--set training.lr_scheduler_type=cosine", training.lr_scheduler_type == "reduce_lr_on_plateau"),
             ("lora.loraplus_lr_ratio", ddp, config.lora.loraplus_lr_ratio is not None),
             (f"training.metric_for_best_model {training.metric_for_best_model}, for which answers are generated", "--set training.metric_for_best_model=loss",
              training.metric_for_best_model != "loss")):
@@ -124,9 +125,10 @@ def gathered(optimizer: Any, groups: list[dict[str, Any]], keep: bool) -> dict[s
 
     inner, state, number = optimizer.optimizer, {}, 0
     options = iter(inner.param_groups)
+    rates = {key: inner.param_groups[0][key] for key in ("lr", "initial_lr")}
     wanted = []
     for group in groups:
-        parameters, now = group["params"], next(options) if group["params"] else group  # DeepSpeed leaves out a group without parameters
+        parameters, now = group["params"], next(options) if group["params"] else {**group, **rates}  # DeepSpeed leaves out a group without parameters
         wanted.append({**{key: value for key, value in now.items() if key != "params"}, "params": list(range(number, number + len(parameters)))})
         for parameter in parameters:
             flat = now["params"][0]
@@ -135,6 +137,20 @@ def gathered(optimizer: Any, groups: list[dict[str, Any]], keep: bool) -> dict[s
                 state[number] = values
             number += 1
     return {"state": state, "param_groups": wanted} if keep else None
+
+
+def with_empty_groups(schedule: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A learning rate schedule's state, whose lists have an entry a group, as one process has it; groups: as for `gathered`."""
+    def fill(values: list[Any]) -> list[Any]:
+        rest = iter(values)
+        return [next(rest) if group["params"] else values[0] for group in groups]
+
+    return {key: fill(value) if isinstance(value, list) else value for key, value in schedule.items()}
+
+
+def without_empty_groups(schedule: dict[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The way back of `with_empty_groups`."""
+    return {key: [one for one, group in zip(value, groups, strict=True) if group["params"]] if isinstance(value, list) else value for key, value in schedule.items()}
 
 
 def load_optimizer(optimizer: Any, groups: list[dict[str, Any]], saved: dict[str, Any]) -> None:

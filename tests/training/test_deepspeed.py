@@ -68,18 +68,18 @@ def test_gradients_are_those_of_one_process(stage: int, tiny: Path, tmp_path: Pa
 
 @with_deepspeed
 @finds_ranks
-@pytest.mark.parametrize("stage", [1, 2])
-def test_stopped_on_one_rank_saved_on_all_and_gone_on_with(stage: int, tiny: Path, alone: Path, tmp_path: Path) -> None:
-    launcher = deepspeed(2, *flags(tiny, tmp_path), stage=stage)
+def test_stopped_on_one_rank_saved_on_all_and_gone_on_with(tiny: Path, alone: Path, tmp_path: Path) -> None:
+    launcher = deepspeed(2, *flags(tiny, tmp_path))
     wait_for(launcher, "effective batch 8 (2 rows x 2 passes x 2 processes), 6 steps over 2 epochs")
     wait_for(launcher, "engine modules (fused is not for DeepSpeed")
     saved = stop_on_one_rank(launcher, "Step 1/6")
     assert {path.name for path in saved.iterdir()} == {path.name for path in (alone / "checkpoints/checkpoint-6").iterdir()} - {"rng_state.pth"} | {"rng_state_0.pth", "rng_state_1.pth"}
-    ended(deepspeed(2, *flags(tiny, tmp_path), stage=stage))
+    ended(deepspeed(2, *flags(tiny, tmp_path)))
     assert_alike(alone, tmp_path)
     one, two = (folder / "checkpoints/final" for folder in (alone, tmp_path))
     assert {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
-    assert json.loads((one / "adapter_config.json").read_text()) == json.loads((two / "adapter_config.json").read_text())
+    configs = [json.loads((folder / "adapter_config.json").read_text()) for folder in (one, two)]
+    assert [{**config, "target_modules": sorted(config["target_modules"])} for config in configs] == [{**configs[0], "target_modules": sorted(configs[0]["target_modules"])}] * 2  # PEFT's order is a set's
     weights = load_file(two / "adapter_model.safetensors")
     assert {name: (tensor.shape, tensor.dtype) for name, tensor in load_file(one / "adapter_model.safetensors").items()} == {name: (tensor.shape, tensor.dtype) for name, tensor in weights.items()}
 
@@ -143,6 +143,7 @@ REFUSED = {("training.engine=fused",): "training.engine fused, which .*; next: -
            ("lora.init=pissa",): "lora.init pissa; next: --set lora.init=default",
            ("lora.loraplus_lr_ratio=16",): "lora.loraplus_lr_ratio; next: accelerate launch --config_file configs/accelerate/ddp.yaml",
            ("training.optim=adafactor",): "training.optim adafactor; next: --set training.optim=adamw_torch",
+           ("training.lr_scheduler_type=reduce_lr_on_plateau",): "training.lr_scheduler_type reduce_lr_on_plateau; next: --set training.lr_scheduler_type=cosine",
            ("model.dtype=float16",): "model.dtype float16, which .*; next: --set model.dtype=bfloat16",
            ("training.metric_for_best_model=valid_structure", "training.load_best_model_at_end=true"):
                "training.metric_for_best_model valid_structure, for which .*; next: --set training.metric_for_best_model=loss",
