@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 FILLED_IN = {"train_batch_size": "per_device_train_batch_size", "train_micro_batch_size_per_gpu": "per_device_train_batch_size",
              "gradient_accumulation_steps": "gradient_accumulation_steps", "gradient_clipping": "max_grad_norm"}
 MADE = {"optimizer": "optim", "scheduler": "lr_scheduler_type"}
+FLOAT16 = "model.dtype float16, which needs the loss scaled"
 
 
 def check(config: Config) -> None:
@@ -33,10 +34,6 @@ def check(config: Config) -> None:
         return
     if world() == 1:
         raise TrainingError("ranks: DeepSpeed divides among several processes, and this is one; next: --num_processes 2 or more, or the same command without accelerate launch")
-    import torch
-
-    from emergency_kit.model.backend import pick_device, pick_dtype
-
     training, model, given = config.training, config.model, _settings()
     zero, ddp, fsdp = given["zero_optimization"], "accelerate launch --config_file configs/accelerate/ddp.yaml", "accelerate launch --config_file configs/accelerate/fsdp.yaml"
     for name, instead, there in (
@@ -47,7 +44,7 @@ def check(config: Config) -> None:
             ("mixed_precision, which would cast the float32 adapters", "mixed_precision: 'no' in accelerate's file, and --set model.dtype=bfloat16",
              os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no" or any((given.get(name) or {}).get("enabled") is True for name in ("fp16", "bf16", "torch_autocast"))),
             *((f"{name} from DeepSpeed's settings", f"leave it out there, training.{ours} is the kit's", given.get(name, "auto") != "auto") for name, ours in {**FILLED_IN, **MADE}.items()),
-            ("model.dtype float16, which needs the loss scaled", "--set model.dtype=bfloat16", pick_dtype(model, pick_device(model)) == torch.float16),
+            (FLOAT16, "--set model.dtype=bfloat16", model.dtype == "float16"),
             ("training.engine fused, which gathers gradients past the modules", "--set training.engine=auto", training.engine == "fused"),
             ("model.backend unsloth", "--set model.backend=hf", model.backend == "unsloth"),
             ("training.method dpo", ddp, training.method == "dpo"),
@@ -82,7 +79,11 @@ def _settings() -> dict[str, Any]:
 
 
 def configure(settings: dict[str, Any], dtype: "torch.dtype", device: str) -> None:
-    """Put into DeepSpeed's settings what is the kit's to say: adapters, their gradients and what is exchanged stay in float32, dtype is of the computation alone."""
+    """Put into DeepSpeed's settings what is the kit's to say: adapters, their gradients and what is exchanged stay in float32, dtype is of the computation alone.
+    Raises TrainingError for float16, which `model.dtype: auto` takes on older cards."""
+    name = str(dtype).removeprefix("torch.")
+    if name == "float16":
+        raise TrainingError(f"ranks: DeepSpeed does not take {FLOAT16}; next: accelerate launch --config_file configs/accelerate/ddp.yaml")
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
@@ -92,7 +93,6 @@ def configure(settings: dict[str, Any], dtype: "torch.dtype", device: str) -> No
     settings.update(dict.fromkeys(FILLED_IN, "auto"))
     # By itself a buffer of 2 GB on every GPU, however few numbers are trained; this way one of the hidden size squared.
     settings["zero_optimization"].setdefault("reduce_bucket_size", "auto")
-    name = str(dtype).removeprefix("torch.")
     if name != "float32":
         settings["torch_autocast"] = {"enabled": True, "dtype": name, "lower_precision_safe_modules": []}
 

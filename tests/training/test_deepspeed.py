@@ -179,6 +179,11 @@ def test_settings_of_deepspeed_that_are_not_the_kit_s_are_refused(environment: d
     assert not (tmp_path / "out").exists()
 
 
+def test_float16_of_an_older_card_is_refused() -> None:
+    with pytest.raises(TrainingError, match="does not take model.dtype float16, which .*; next: accelerate launch --config_file configs/accelerate/ddp.yaml"):
+        zero.configure({"zero_optimization": {"stage": 2}}, torch.float16, "cuda")
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is not None, reason="deepspeed is installed")
 def test_a_missing_package_is_named(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started_by_accelerate(monkeypatch)
