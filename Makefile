@@ -13,7 +13,7 @@ KIT := $(VENV)/bin/emergency-kit
 BASE := models/SmolLM2-135M-Instruct/manifest.json
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check install --quiet
 
-.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test test-tutorials storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install docs test-docs
+.PHONY: help setup verify train evaluate infer merge export-gguf pipeline test test-tutorials storm clean bench-data bench-training measurer twins sweep bench-preference bench-inference bench-answers prove-structure serve bench-serve fuzz-serve screenshots kit prove-kit export-ollama export-lmstudio upload-hf upload-gguf bench-export bench-export-large bench-quantiser evaluate-ai evaluate-openai evaluate-gemini gate plan bench-plan prove-trackers prove-deepspeed prove-ranks bench-gpu bench-scaling setup-gpu prove-gpu-install docs test-docs
 
 help: ## List these targets
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):[^#]*## (.*)/  make \1\t\2/' | expand -t 22
@@ -131,6 +131,14 @@ prove-trackers: setup ## TensorBoard, W&B offline, MLflow and trackio each read 
 	@$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$$(echo $(TRACKERS)/lib/python3*/site-packages)/kit.pth"
 	@$(TRACKERS)/bin/python -m pip --disable-pip-version-check install --quiet -c requirements.lock tensorboard wandb 'mlflow-skinny>=3' sqlalchemy alembic trackio
 	@$(TRACKERS)/bin/python -m tests.training.trackers
+
+# Likewise an environment of its own: DeepSpeed comes as source and brings six packages that nothing else here needs. Nothing of it is compiled.
+DEEPSPEED := outputs/bench/deepspeed
+prove-deepspeed: setup $(VENV)/installed-test.txt ## DeepSpeed, ZeRO 1 and 2, two processes on a CPU: gradients, losses, a stop, a killed rank, going on with another number of them (installs it into outputs/bench/deepspeed, 10 minutes)
+	@[ -x $(DEEPSPEED)/bin/python ] || $(VENV)/bin/python -m venv $(DEEPSPEED)
+	@$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$$(echo $(DEEPSPEED)/lib/python3*/site-packages)/kit.pth"
+	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pip --disable-pip-version-check install --quiet -c requirements.lock 'deepspeed>=0.19.8,<0.20'
+	@PYTHONPATH="$(CURDIR)" OMP_NUM_THREADS=1 $(DEEPSPEED)/bin/python -m pytest tests/training/test_deepspeed.py $(ARGS)
 
 bench-export: setup ## Every GGUF type of the trained model: size, time, memory, KL, top-1, safety (half an hour)
 	@$(VENV)/bin/python benchmarks/export_types.py

@@ -108,10 +108,11 @@ def kit(rows: list[dict[str, Any]], folder: Path, steps: int, dropout: float, *s
     from emergency_kit.data.tokenize import TokenRows
     from emergency_kit.model.backend import load_for_training
     from emergency_kit.training import checkpoint, engine, workload
+    from emergency_kit.training.batches import RowDataset
     from emergency_kit.training.first_try import try_longest
     from emergency_kit.training.schedule import pass_rows
     from emergency_kit.training.stopping import Stop
-    from emergency_kit.training.trainer import KitTrainer, RowDataset
+    from emergency_kit.training.trainer import KitTrainer
 
     resolved = load_config(profile, settings=[
         f"lora.dropout={dropout}", "training.learning_rate=2e-4", "training.warmup_steps=3", f"training.max_steps={steps}",

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from emergency_kit.config import ModelSection, Resolved, TrainingConfig
 from emergency_kit.errors import TrainingError
 from emergency_kit.model.backend import pick_device
-from emergency_kit.training.ranks import is_sharded, world
+from emergency_kit.training import zero
+from emergency_kit.training.ranks import is_sharded, uses_deepspeed, world
 from emergency_kit.training.schedule import step_rows, warmup_steps
 
 # Under which trackers file the runs.
@@ -66,7 +67,7 @@ def beyond_plain_loss(training: TrainingConfig) -> str:
     wanted = {"training.method dpo": training.method == "dpo", "training.neftune_noise_alpha": training.neftune_noise_alpha,
               "training.label_smoothing_factor": training.label_smoothing_factor, "training.engine fused": training.engine == "fused",
               f"training.metric_for_best_model {training.metric_for_best_model}, whose answers are generated in training": training.metric_for_best_model != "loss",
-              "FSDP": is_sharded()}
+              "FSDP": is_sharded(), "DeepSpeed": uses_deepspeed()}
     return next((name for name, there in wanted.items() if there), "")
 
 
@@ -83,6 +84,8 @@ def _not_fused(model: Any, training: TrainingConfig) -> str | None:
 
     if is_sharded():
         return "FSDP, which gathers a layer's weights around transformers' modules"
+    if uses_deepspeed():
+        return "DeepSpeed, which takes gradients as transformers' modules make them"
     if training.method == "dpo":
         return "training.method dpo"
     if training.finetuning_type == "full":
@@ -125,7 +128,8 @@ def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fu
             max_grad_norm=training.max_grad_norm, optim=training.optim, logging_steps=training.logging_steps, logging_strategy="steps",
             logging_first_step=True, logging_nan_inf_filter=False, eval_strategy=training.eval_strategy, eval_steps=training.eval_steps,
             save_strategy=training.save_strategy, save_steps=training.save_steps, save_total_limit=training.save_total_limit, seed=training.seed,
-            bf16=dtype == torch.bfloat16, fp16=dtype == torch.float16, use_cpu=device == "cpu", report_to=list(training.report_to) or "none",
+            # Under DeepSpeed this would cast the adapters; it gets the compute type from zero.configure.
+            bf16=dtype == torch.bfloat16 and not uses_deepspeed(), fp16=dtype == torch.float16, use_cpu=device == "cpu", report_to=list(training.report_to) or "none",
             run_name=training.model_name, project=PROJECT, remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=device == "cuda",
             # Norms, rotation and SwiGLU; the loss is ours, with logits only where there is a label.
             use_liger_kernel=not fused and not owns_loss and device == "cuda" and has_liger(),
@@ -135,6 +139,8 @@ def training_arguments(resolved: Resolved, folder: Path, model: ModelSection, fu
             accelerator_config={"use_configured_state": world() > 1})
     except (ValueError, ImportError) as error:
         raise TrainingError(f"training settings: {str(error).splitlines()[0]}") from None
+    if uses_deepspeed():
+        zero.configure(arguments.deepspeed_plugin.deepspeed_config, dtype, device)
     # Of several GPUs a process takes one: transformers would wrap the model in DataParallel, whose step is another one, so more GPUs are more processes.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def try_longest(trainer: "KitTrainer", load: "Load") -> None:
     """Train on, evaluate and serialise the heaviest rows. Raises TrainingError when a single row does not fit."""
-    from emergency_kit.training.trainer import random_states, set_random_states
+    from emergency_kit.training.randomness import random_states, set_random_states
 
     counters, drawn = dataclasses.replace(trainer.facts.counters), random_states()
     kept, trainer.trying = copy.copy(trainer.step_loss), True
@@ -43,7 +43,7 @@ def try_longest(trainer: "KitTrainer", load: "Load") -> None:
         trainer._eval_batch(_batch(trainer, trainer.eval_dataset, load.worst_eval))
         trainer.model.train()
         with open(os.devnull, "wb") as nowhere:
-            torch.save([sharding.local(tensor) for tensor in (*(one for one in trainer.model.parameters() if one.requires_grad), *standing)], nowhere)
+            torch.save([sharding.local(tensor.detach()) for tensor in (*(one for one in trainer.model.parameters() if one.requires_grad), *standing)], nowhere)
         if trainer.fused is not None and trainer.config.gradient_checkpointing == "auto" and trainer.facts.pieces == 1:
             rows = unpadded(batch["input_ids"], batch["labels"], batch["attention_mask"])
             number = trainer.fused.kept_layers = -ranks.most(-keep_layers(trainer.fused, rows, trainer.config.max_gpu_memory_gb))
@@ -71,6 +71,6 @@ def _batch(trainer: "KitTrainer", dataset: Any, rows: list[int]) -> dict[str, An
 
 def _moments(trainer: "KitTrainer") -> list[torch.Tensor]:
     """As much as the optimizer will keep, until it does: it allocates with its first step."""
-    if trainer.optimizer is not None and trainer.optimizer.state_dict()["state"]:
+    if trainer.optimizer is not None and trainer.optimizer.state_dict().get("state"):  # DeepSpeed's has none of its own
         return []
     return [torch.full_like(parameter, 1.0) for parameter in trainer.model.parameters() if parameter.requires_grad for _ in range(2)]

@@ -14,10 +14,12 @@ import torch
 
 from emergency_kit.config import TrainingConfig
 from emergency_kit.model.process_memory import available_bytes, reset_highest, resident_bytes
+from emergency_kit.training.batches import collate
 from emergency_kit.training.memory import CUDA_CONTEXT_BYTES, SHARE_OF_FREE, SHARE_OF_FREE_GPU
 from emergency_kit.training.preference import collate_pairs
+from emergency_kit.training.randomness import random_states, set_random_states
 from emergency_kit.training.schedule import step_rows
-from emergency_kit.training.trainer import collate, is_out_of_memory, random_states, set_random_states
+from emergency_kit.training.trainer import is_out_of_memory
 
 if TYPE_CHECKING:
     from emergency_kit.model.backend import Loaded

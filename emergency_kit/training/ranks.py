@@ -2,7 +2,8 @@
 
 In: the environment that torchrun and `accelerate launch` set (RANK, WORLD_SIZE, LOCAL_RANK). Out: a joined process group, and small exchanges
 over gloo beside the gradients'. Alone, every function answers at once without torch's distribution. Limits: ranks share the output folder; what a
-rank waits for it waits for `training.rank_timeout_seconds` at most, and says who was missing. Each holds the whole model (DDP), or a part (sharding.py).
+rank waits for it waits for `training.rank_timeout_seconds` at most, and says who was missing. Each holds the whole model (DDP; zero.py divides what the
+optimizer needs), or a part (sharding.py).
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ def is_sharded() -> bool:
     return world() > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
+def uses_deepspeed() -> bool:
+    """Whether DeepSpeed is to train: as `accelerate launch` says in the environment."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
 def join(device: str, timeout_seconds: float) -> None:
     """Make the process group, unless there is one or this process is alone; a rank's GPU is the one of its LOCAL_RANK. Raises TrainingError
     where the others are not reached in time."""
@@ -61,6 +67,8 @@ def join(device: str, timeout_seconds: float) -> None:
             state.device = torch.device("cpu")  # accelerate says cpu:0, to which torch.load brings nothing
             if is_sharded():
                 state.distributed_type = DistributedType.MULTI_GPU  # the kind that accelerate makes FSDP of; torch shards a CPU's tensors just as well
+            elif uses_deepspeed():
+                state.distributed_type = DistributedType.DEEPSPEED
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"ranks: rank {rank()} of {world()} cannot join the others at {os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} "
                             f"({str(error).splitlines()[0]}); look whether all were started, with one address, and whether a firewall is between them") from None

@@ -27,7 +27,7 @@ from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable, folder_bytes, remove_leftovers
 from emergency_kit.model.backend import base_name, beyond_unsloth, choose, load_tokenizer, peak_memory_bytes, pick_device, require_base
-from emergency_kit.training import checkpoint, lock, ranks, resume, sharding
+from emergency_kit.training import checkpoint, lock, ranks, resume, sharding, zero
 from emergency_kit.training.best import best_evaluation, validation_history
 from emergency_kit.training.engine import PROJECT, beyond_plain_loss, causal_lm_of
 from emergency_kit.training.plan import plan as say_plan
@@ -52,6 +52,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
     console = Console(highlight=False, soft_wrap=True, markup=False, quiet=not ranks.is_first())
     config = resolved.config
     sharding.check(config)
+    zero.check(config)
     # Before anything imports transformers, which Unsloth patches.
     choice = choose(config.model, beyond_plain_loss(config.training) or beyond_unsloth(config.model, config.lora, config.training.finetuning_type == "full"))
     console.print(f"Device: {choice.device}; backend: {choice.name} ({choice.reason}); base model: {base_name(config.model)}")
@@ -200,11 +201,13 @@ def _run(run: _Run) -> Path:
 def _train(run: _Run, stop: Stop) -> Path:
     from emergency_kit.model.backend import load_for_training
     from emergency_kit.training import callbacks, engine, fit, workload
+    from emergency_kit.training.batches import RowDataset
     from emergency_kit.training.curves import CurvesCallback
     from emergency_kit.training.first_try import try_longest
     from emergency_kit.training.health import HealthCallback
     from emergency_kit.training.preference import PairDataset
-    from emergency_kit.training.trainer import KitTrainer, RowDataset, RunEnded
+    from emergency_kit.training.resumed import RunEnded
+    from emergency_kit.training.trainer import KitTrainer
 
     config, training, state = run.resolved.config, run.resolved.config.training, run.start.state
     model, rows = config.model, run.rows

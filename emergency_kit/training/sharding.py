@@ -21,10 +21,7 @@ OPTIMIZER, SHARDED_OPTIMIZER = "optimizer.pt", "optimizer"
 
 
 def check(config: Config) -> None:
-    """Raise TrainingError for what does not go with a divided model, and for DeepSpeed, which does not keep the checkpoints' form."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise TrainingError("ranks: DeepSpeed is not built in; a model that fits no GPU is divided by FSDP: accelerate launch --config_file configs/accelerate/fsdp.yaml, "
-                            "any other is held whole by each: configs/accelerate/ddp.yaml, or torchrun")
+    """Raise TrainingError for what does not go with a divided model."""
     if not is_sharded():
         return
     training, model = config.training, config.model
@@ -87,8 +84,8 @@ def save_parts(model: Any, optimizer: Any, folder: Path) -> None:
         raise as_os_error(reason, folder.parent) or RuntimeError(f"rank {number}: {reason}") from None
 
 
-def load_optimizer(optimizer: Any, folder: Path) -> None:
-    """Put a checkpoint's optimizer state, written whole or in parts by whatever number of ranks, into this run's optimizer, divided or not."""
+def read_optimizer(folder: Path) -> dict[str, Any]:
+    """A checkpoint's optimizer state, written whole or in parts by whatever number of ranks, on the CPU and with parameters by number."""
     import torch
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
@@ -97,7 +94,12 @@ def load_optimizer(optimizer: Any, folder: Path) -> None:
         if not file.is_file():
             file = Path(scratch, OPTIMIZER)
             dcp_to_torch_save(folder / SHARDED_OPTIMIZER, file)
-        saved = numbered(torch.load(file, map_location="cpu", weights_only=True))
+        return numbered(torch.load(file, map_location="cpu", weights_only=True))
+
+
+def load_optimizer(optimizer: Any, folder: Path) -> None:
+    """Put a checkpoint's optimizer state into this run's optimizer, divided or not."""
+    saved = read_optimizer(folder)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, state in saved["state"].items():
         for name, value in state.items():

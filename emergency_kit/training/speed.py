@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from emergency_kit.config import Resolved
 from emergency_kit.model.backend import base_name, load_for_training, pick_device, pick_dtype
+from emergency_kit.training.batches import collate
 from emergency_kit.training.engine import causal_lm_of, install_engine
 from emergency_kit.training.schedule import pass_rows
-from emergency_kit.training.trainer import collate
 
 if TYPE_CHECKING:
     from emergency_kit.data.tokenize import TokenRows

@@ -11,26 +11,27 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
-import random
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Iterator
+from typing import TYPE_CHECKING, Any, Callable
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import Trainer, TrainerCallback
+from torch.utils.data import DataLoader
+from transformers import Trainer
 
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.data.stream import StreamRows
-from emergency_kit.data.tokenize import IGNORE, TokenRows
+from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.errors import TrainingError
-from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule, sharding
+from emergency_kit.training import best, checkpoint, end_to_end, preference, ranks, schedule, sharding, zero
+from emergency_kit.training.batches import RankBatches, StepSampler, StreamBatches, collate
 from emergency_kit.training.callbacks import LOG, BestCallback
 from emergency_kit.training.engine import causal_lm_of
 from emergency_kit.training.gauge import Gauge
+from emergency_kit.training.randomness import random_states, set_random_states
+from emergency_kit.training.resumed import RunCallback
 from emergency_kit.training.stopping import StopRequested
 
 if TYPE_CHECKING:
@@ -38,122 +39,9 @@ if TYPE_CHECKING:
     from emergency_kit.training.stopping import Stop
 
 
-class RowDataset(Dataset):
-    """TokenRows as a torch Dataset of `{"input_ids", "labels"}` lists."""
-
-    def __init__(self, rows: TokenRows):
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
-
-
-class StepSampler(Sampler[int]):
-    """Shuffled by seed and epoch, then sorted by length within each optimizer step.
-
-    The rows of a step stay the same, so its gradient does too; only the padding between its forward
-    passes goes away. step_rows: rows of one optimizer step over accumulation and ranks.
-    """
-
-    def __init__(self, lengths: Any, step_rows: int, seed: int):
-        self.lengths, self.step_rows, self.seed, self.epoch = lengths, step_rows, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of an epoch, counted from 0."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        # A tensor: a list of Python's numbers would take 40 bytes a row on every rank.
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 100_003 + self.epoch))
-        for start in range(0, len(order), self.step_rows):
-            yield from sorted(order[start:start + self.step_rows].tolist(), key=lambda row: (-int(self.lengths[row]), row))
-
-
-class StreamBatches:
-    """RankBatches of a stream: places in its order as it is, `steps` steps long, none held."""
-
-    def __init__(self, steps: int, step_rows: int, rows: int, rank: int, world: int):
-        self.steps, self.step_rows, self.rows, self.rank, self.world = steps, step_rows, rows, rank, world
-
-    def set_epoch(self, epoch: int) -> None:
-        """A stream's epochs are its own."""
-
-    def __len__(self) -> int:
-        return self.steps * (self.step_rows // (self.rows * self.world))
-
-    def __iter__(self) -> Iterator[list[int]]:
-        together = self.rows * self.world
-        for first in range(0, self.steps * self.step_rows, together):
-            yield list(range(first + self.rank, first + together, self.world))
-
-
-class RankBatches:
-    """Of each step's rows (`StepSampler`'s), the batches of one rank; each rank has as many, so that they exchange gradients as often.
-
-    rows: of a batch. Where a last step has fewer rows than there are ranks, some get a batch without any (`collate` makes one of it that
-    counts nothing): no row is taken twice or left out in an epoch, and a step's rows are the same whatever the number of ranks.
-    """
-
-    def __init__(self, sampler: StepSampler, rows: int, rank: int, world: int):
-        self.sampler, self.rows, self.rank, self.world = sampler, rows, rank, world
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the shuffle of an epoch, counted from 0."""
-        self.sampler.set_epoch(epoch)
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.sampler.step_rows)
-        together = self.rows * self.world
-        return whole * (self.sampler.step_rows // together) + -(-rest // together)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order, together = iter(self.sampler), self.rows * self.world
-        while step := list(itertools.islice(order, self.sampler.step_rows)):
-            for first in range(0, len(step), together):
-                yield step[first:first + together][self.rank::self.world]
-
-
-def collate(rows: list[dict[str, list[int]]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Right-padded tensors of shape (rows, longest): input_ids, attention_mask, labels. Of no rows, one of a single token without a label."""
-    rows = rows or [{"input_ids": [pad_id], "labels": [IGNORE]}]
-    longest = max(len(row["input_ids"]) for row in rows)
-
-    def padded(lists: list[list[int]], fill: int) -> torch.Tensor:
-        return torch.tensor([values + [fill] * (longest - len(values)) for values in lists])
-
-    return {"input_ids": padded([row["input_ids"] for row in rows], pad_id),
-            "attention_mask": padded([[1] * len(row["input_ids"]) for row in rows], 0),
-            "labels": padded([row["labels"] for row in rows], IGNORE)}
-
-
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that a GPU's or the computer's memory did not suffice."""
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
-def random_states() -> dict[str, Any]:
-    """States of all random number generators that training draws from."""
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "cpu": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
-
-
-def set_random_states(states: dict[str, Any]) -> None:
-    """Put the generators back."""
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["cpu"])
-    if states["cuda"]:
-        torch.cuda.set_rng_state_all(states["cuda"])
-
-
-class RunEnded(Exception):
-    """A resumed run whose patience was out where it was left: nothing more is trained."""
 
 
 class KitTrainer(Trainer):
@@ -163,7 +51,7 @@ class KitTrainer(Trainer):
     generates, measured with every validation loss. rising_from: see `create_scheduler`. before_training: called once all is ready for the first
     step. evaluation_due: the last step is trained, its validation loss not yet measured. step_loss: of the step under way, as far as its
     passes are done; last_loss: of the last whole one. trying: rows are only tried for their memory. stops: how many ranks were asked to stop by the last
-    batch; carried: the losses not logged yet, as a mean over ranks.
+    batch; carried: the losses not logged yet, as a mean over ranks. groups: the optimizer's parameter groups, as they are before DeepSpeed divides them.
     """
 
     def __init__(self, *args: Any, facts: "checkpoint.RunFacts", stop: "Stop", pad_id: int, fused: "FusedStep | None" = None,
@@ -191,7 +79,12 @@ class KitTrainer(Trainer):
         # The first label of a row belongs to the prompt and is IGNORE, so both ways of counting agree.
         self._loss_shifts_labels = True
         self.add_callback(BestCallback(self.config))
-        self.add_callback(_RunCallback(self))
+        self.add_callback(RunCallback(self))
+
+    @property
+    def exchanging(self) -> bool:
+        """Whether something of the run is divided among the ranks (FSDP2, DeepSpeed), which exchange in every pass then, a tried one too."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _on_pass(self, done: int) -> None:
         if self.model.training:
@@ -227,10 +120,14 @@ class KitTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The Trainer's own, but in LoRA+'s groups where `lora.loraplus_lr_ratio` is set."""
         ratio = self.facts.resolved.config.lora.loraplus_lr_ratio
-        if ratio is None or self.optimizer is not None:
+        if self.optimizer is not None:
             return super().create_optimizer(model)
-        kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        self.optimizer = kind(schedule.group_parameters(self.model, self.get_decay_parameter_names(self.model), self.config, ratio), **options)
+        if ratio is None:
+            super().create_optimizer(model)
+        else:
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = kind(schedule.group_parameters(self.model, self.get_decay_parameter_names(self.model), self.config, ratio), **options)
+        self.groups = [dict(group) for group in self.optimizer.param_groups]
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
@@ -242,21 +139,41 @@ class KitTrainer(Trainer):
         return self.lr_scheduler
 
     def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        """The compute type of a divided model, which accelerate does not give to its forward pass."""
+        """The compute type of a divided model, which accelerate does not give to its forward pass, and that under DeepSpeed, which it leaves to DeepSpeed."""
+        if self.is_deepspeed_enabled:
+            dtype = getattr(torch, self.facts.compute_type)
+            return torch.autocast(self.args.device.type, dtype, enabled=dtype != torch.float32)
         return self.accelerator.autocast() if self.is_fsdp_enabled else super().autocast_smart_context_manager(cache_enabled)
 
+    def _prepare_for_training(self, max_steps: int, train_dataloader: DataLoader, resume_from_checkpoint: str | None) -> tuple[Any, DataLoader]:
+        """The Trainer's own; under DeepSpeed it goes on from DeepSpeed's checkpoints alone, so that the kit's is loaded around it."""
+        if not self.is_deepspeed_enabled:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is not None:
+            self._load_from_checkpoint(resume_from_checkpoint)
+        self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps  # which accelerate does itself, with a warning
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        zero.limit_waiting(self.model_wrapped, self.config.rank_timeout_seconds)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.facts.first is None and not self.is_fsdp_enabled:
+        if self.facts.first is None and not self.exchanging:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             checkpoint.load_weights(self.model, Path(resume_from_checkpoint), self.facts.first)
 
     def _load_optimizer_and_scheduler(self, folder: str | None) -> None:
-        if folder is None or (not self.is_fsdp_enabled and Path(folder, sharding.OPTIMIZER).is_file()):
+        if folder is None or (not self.exchanging and Path(folder, sharding.OPTIMIZER).is_file()):
             super()._load_optimizer_and_scheduler(folder)
         else:
-            sharding.load_optimizer(self.optimizer, Path(folder))
-            self.lr_scheduler.load_state_dict(torch.load(Path(folder, "scheduler.pt"), weights_only=True))
+            scheduler = torch.load(Path(folder, "scheduler.pt"), weights_only=True)
+            if self.is_deepspeed_enabled:
+                zero.load_optimizer(self.optimizer.optimizer, self.groups, sharding.read_optimizer(Path(folder)))
+                scheduler = zero.without_empty_groups(scheduler, self.groups)
+            else:
+                sharding.load_optimizer(self.optimizer, Path(folder))
+            self.lr_scheduler.load_state_dict(scheduler)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Supervised tokens of a step over its passes and ranks; under DPO, pairs. One where a stream's rows were all dropped, for nothing to be divided by."""
@@ -287,6 +204,8 @@ class KitTrainer(Trainer):
         self.stop.check()
         if self.stops:
             raise StopRequested
+        if self.trying and self.is_deepspeed_enabled:
+            num_items_in_batch = torch.tensor(float("inf"), device=self.args.device)  # it keeps gradients out of reach; these are all nought
         gradients, drawn = self._gradients(), random_states()
         computed = self.facts.counters.tokens_computed
         while True:
@@ -319,7 +238,11 @@ class KitTrainer(Trainer):
         parts, total = self._parts(inputs), None
         for number, part in enumerate(parts, 1):
             # Ranks exchange gradients once, with the last part; none when rows are only tried (but divided, when they would be kept within FSDP).
-            with contextlib.nullcontext() if number == len(parts) and (not self.trying or self.is_fsdp_enabled) else self.accelerator.no_sync(model):
+            if number == len(parts) and (not self.trying or self.is_fsdp_enabled):
+                exchange = contextlib.nullcontext()
+            else:
+                exchange = zero.without_step(self.accelerator) if self.is_deepspeed_enabled else self.accelerator.no_sync(model)
+            with exchange:
                 loss = super().training_step(model, part, num_items_in_batch)
             if self.fused is not None:
                 self.facts.counters.tokens_computed += self.fused.last_plan.tokens
@@ -396,7 +319,7 @@ class KitTrainer(Trainer):
             self.fused.keep_none()
             LOG.warning("Out of memory at step %d: no layer's activations are kept from here on", step)
             return
-        if self.args.world_size > 1 and (not self.trying or self.is_fsdp_enabled):
+        if self.args.world_size > 1 and (not self.trying or self.exchanging):
             raise TrainingError(f"out of memory at step {step} on rank {self.args.process_index} of {self.args.world_size}, which cannot take a step again alone; lower "
                                 "training.per_device_train_batch_size (and raise gradient_accumulation_steps as much); the same command goes on from the last checkpoint") from None
         if self.facts.pieces >= rows:
@@ -444,13 +367,16 @@ class KitTrainer(Trainer):
         states = ranks.gathered(self._random_file()) if self.args.world_size > 1 else []
         self.carried = ranks.total(float(self._tr_loss))[0] / ranks.world()
         in_parts = sharding.writes_shards()
-        gathered = sharding.whole(self.optimizer.state_dict()) if self.is_fsdp_enabled and not in_parts else None
+        gathered = zero.gathered(self.optimizer.optimizer, self.groups, keep=ranks.is_first()) if self.is_deepspeed_enabled else None
+        if self.is_fsdp_enabled and not in_parts:
+            gathered = sharding.whole(self.optimizer.state_dict())
 
         def fill(temporary: Path) -> None:
-            if not self.is_fsdp_enabled:
+            if not self.exchanging:
                 self._save_optimizer_and_scheduler(str(temporary))
             else:
-                torch.save(self.lr_scheduler.state_dict(), temporary / "scheduler.pt")
+                scheduler = self.lr_scheduler.state_dict()
+                torch.save(zero.with_empty_groups(scheduler, self.groups) if self.is_deepspeed_enabled else scheduler, temporary / "scheduler.pt")
                 if gathered is not None:
                     torch.save(gathered, temporary / sharding.OPTIMIZER)
             self._save_scaler(str(temporary))
@@ -470,31 +396,3 @@ class KitTrainer(Trainer):
             self._save_rng_state(folder)
             file = next(Path(folder).iterdir())
             return file.name, file.read_bytes()
-
-
-class _RunCallback(TrainerCallback):
-    """Tells the sampler its epoch whatever dataloader wraps it (accelerate's skipping one does not), and puts a resumed run where
-    it was: losses not logged yet, an evaluation that was due, and this run's own intervals instead of the checkpoint's."""
-
-    def __init__(self, trainer: KitTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, carry = self.trainer, self.trainer.resumed.get("loss_carry")
-        state.compute_steps(args, state.max_steps)
-        if carry:
-            trainer._tr_loss += carry["sum"]
-            trainer._total_loss_scalar, trainer._globalstep_last_logged = carry["total"], int(carry["logged_step"])
-        if trainer.resumed:
-            schedule.follow_config(trainer.optimizer, trainer.lr_scheduler, trainer.config, trainer.facts.resolved.config.lora.loraplus_lr_ratio)
-        trainer.mark()
-        if trainer.is_fsdp_enabled and torch.cuda.is_available():
-            torch.cuda.empty_cache()  # the whole weights that were divided
-        trainer.before_training(trainer)
-        if trainer.resumed.get("evaluation_due"):
-            trainer._evaluate(None, None)
-        if trainer.resumed and best.is_exhausted(best.validation_history(state), trainer.config):
-            raise RunEnded
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.sampler.set_epoch(int(state.epoch or 0))

@@ -88,7 +88,7 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
 
 def _steps(rows: "TokenRows", size: int, seed: int, steps: int) -> Any:
     """Rows of every step as the trainer takes them."""
-    from emergency_kit.training.trainer import StepSampler
+    from emergency_kit.training.batches import StepSampler
 
     sampler, epoch, taken = StepSampler(rows.lengths, size, seed), 0, 0
     while taken < steps:

@@ -19,7 +19,7 @@ from emergency_kit.data.tokenize import IGNORE, build_rows, encode_prompt, encod
 from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.model.backend import Loaded
 from emergency_kit.model.hf_backend import load_tokenizer
-from emergency_kit.training.trainer import collate
+from emergency_kit.training.batches import collate
 from tests.data.families import FAMILIES, build_tokenizer
 
 RESOLVED = load_config("embedded", settings=["dataset.grounding=none", "model.max_seq_length=100000"])

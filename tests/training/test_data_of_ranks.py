@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader
 from emergency_kit.config import load_config
 from emergency_kit.data.tokenize import TokenRows, map_ids
 from emergency_kit.errors import UsageError
+from emergency_kit.training.batches import RankBatches, RowDataset, StepSampler, StreamBatches, collate
 from emergency_kit.training.run import train
-from emergency_kit.training.trainer import RankBatches, RowDataset, StepSampler, StreamBatches, collate
 from tests.data.test_stream import write
 from tests.training.test_ranks import MORE, PROCESSES, assert_alike, ranks_of, start, wait_for
 

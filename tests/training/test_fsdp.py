@@ -168,6 +168,3 @@ def test_other_ways_of_dividing_are_refused(tiny: Path, tmp_path: Path, monkeypa
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(TrainingError, match="fsdp_activation_checkpointing; next: --set training.gradient_checkpointing=true"):
         train(resolved)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(TrainingError, match="DeepSpeed is not built in; .*fsdp.yaml.*ddp.yaml"):
-        train(resolved)

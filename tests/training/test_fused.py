@@ -15,10 +15,10 @@ from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, Mist
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.training import loss
+from emergency_kit.training.batches import collate
 from emergency_kit.training.fused import attention
 from emergency_kit.training.fused.step import FusedStep, unsupported
 from emergency_kit.training.fused.tree import Row
-from emergency_kit.training.trainer import collate
 
 VOCABULARY = 97
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.model.head import find_head
 from emergency_kit.training import end_to_end, loss, preference
-from emergency_kit.training.trainer import collate
+from emergency_kit.training.batches import collate
 
 VOCABULARY = 97
 # (length, prompt length) of four rows; the last has one supervised token only.

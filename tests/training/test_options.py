@@ -28,11 +28,11 @@ from emergency_kit.export.gguf import pick_source
 from emergency_kit.export.merge import merge
 from emergency_kit.model import backend
 from emergency_kit.training import best, checkpoint, engine, fit, preference
+from emergency_kit.training.batches import collate
 from emergency_kit.training.loss import supervised_loss
 from emergency_kit.training.preference import collate_pairs, differing, preference_loss, token_log_probs
 from emergency_kit.training.run import plan_steps, train
 from emergency_kit.training.schedule import check_schedule, learning_rate, warmup_steps
-from emergency_kit.training.trainer import collate
 
 
 def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:

@@ -14,10 +14,10 @@ from emergency_kit.data.tokenize import TokenRows
 from emergency_kit.errors import ModelError, UsageError
 from emergency_kit.model.shape import load_shape
 from emergency_kit.training import memory, plan, prediction, workload
+from emergency_kit.training.batches import collate
 from emergency_kit.training.engine import install_engine
 from emergency_kit.training.memory import Setting, Workload
 from emergency_kit.training.run import train
-from emergency_kit.training.trainer import collate
 from tests.tiny import BUNDLED
 
 MISTRAL = load_config("mistral-7b")

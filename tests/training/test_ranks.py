@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 from emergency_kit.artifacts import verify_folder
 from emergency_kit.config import load_config
 from emergency_kit.errors import TrainingError
+from emergency_kit.training.batches import RankBatches, StepSampler
 from emergency_kit.training.run import train
 from emergency_kit.training.schedule import check_schedule
-from emergency_kit.training.trainer import RankBatches, StepSampler
 
 MORE = os.environ.get("EMERGENCY_KIT_RANKS") == "full"  # make prove-ranks
 PROCESSES = 4 if MORE else 2

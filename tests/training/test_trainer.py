@@ -20,9 +20,9 @@ from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.errors import Interrupted, ModelError, UsageError
 from emergency_kit.training import checkpoint
+from emergency_kit.training.batches import StepSampler, collate
 from emergency_kit.training.run import train
 from emergency_kit.training.stopping import Stop, StopRequested
-from emergency_kit.training.trainer import StepSampler, collate
 from tests.tiny import save_tiny_model
 
 FINAL = {"adapter_config.json", "adapter_model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json",

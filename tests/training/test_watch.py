@@ -25,9 +25,10 @@ from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.tokenize import TokenRows
 from emergency_kit.errors import TrainingError
 from emergency_kit.training import callbacks, curves, first_try
+from emergency_kit.training.batches import StepSampler
 from emergency_kit.training.health import HealthCallback, foresee
 from emergency_kit.training.run import train
-from emergency_kit.training.trainer import KitTrainer, StepSampler
+from emergency_kit.training.trainer import KitTrainer
 from tests.training.trackers import losses_of, read_tensorboard
 
 TENSORBOARD = importlib.util.find_spec("tensorboard") is not None

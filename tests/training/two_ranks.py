@@ -15,10 +15,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.training import loss
+from emergency_kit.training.batches import collate
 from emergency_kit.training.fused.step import FusedStep
 from emergency_kit.training.ranks import join
 from emergency_kit.training.sharding import whole
-from emergency_kit.training.trainer import collate
 from tests.training.test_fused import FAMILIES, ROWS, adapt
 
 
