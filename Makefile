@@ -206,8 +206,7 @@ prove-first-contact: setup $(VENV)/installed-test.txt ## A whole set-up as a str
 
 $(VENV)/installed-docs.txt: requirements-docs.lock | $(VENV)/installed.txt
 	@echo "Installing what only the docs need ..."
-	@$(PIP) -r $< 2>$(VENV)/pip.log || { grep -v WARNING $(VENV)/pip.log | tail -3; echo "error: the packages of the docs could not be installed; check the network and the package index, then: make docs" >&2; exit 2; }
-	@cp $< $@
+	@VENV="$(VENV)" GOAL="$(MAKECMDGOALS)" bash scripts/setup.sh also $< $@
 
 screenshots: setup $(VENV)/installed-test.txt ## Take the screenshots of the page in docs/images (KIT_CHECKPOINT=outputs/merged/final names another model)
 	@bash tests/install_browser.sh

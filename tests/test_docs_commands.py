@@ -28,7 +28,7 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "evaluation": {"max_samples": 2, "batch_size": 2, "max_new_tokens": 16}, "inference": {"max_new_tokens": 16},
         "export": {"certificate_strings": 20, "certificate_answer_tokens": 40, "certificate_prompts": 1, "certificate_max_new_tokens": 16}}}
 # What a page shows in the large, as it is run here.
-SMALLER = {"checkpoint-20": "checkpoint-2", "FILE_OR_HUB_NAME": "outputs/data/embedded", "--max-steps 30": "--max-steps 2", "max_samples=200": "max_samples=4", "--max-samples 100": "--max-samples 2",
+SMALLER = {"checkpoint-20": "checkpoint-2", "--max-steps 30": "--max-steps 2", "max_samples=200": "max_samples=4", "--max-samples 100": "--max-samples 2",
            "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
 # Commands (the beginning of a line) that are not run, and why.
 NOT_RUN = {
