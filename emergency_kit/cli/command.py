@@ -26,7 +26,7 @@ def fill(text: str, width: int, first: str = "", rest: str = "") -> str:
     return textwrap.fill(" ".join(text.split()), width, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False, break_long_words=False)
 
 
-class Formatter(_FORMATTER):  # type: ignore[misc]  # Typer does not name it
+class Formatter(_FORMATTER):
     """Help that is broken at spaces alone. A paragraph that begins with a line of `\\b` keeps its lines."""
 
     def write_usage(self, prog: str, args: str = "", prefix: str | None = None) -> None:

@@ -194,7 +194,7 @@ def find_overruled(trusted: Sequence[Card], where: Country | None) -> dict[str, 
     found: dict[str, tuple[str, str]] = {}
     for rank, card in enumerate(trusted):
         for _, line in _card_lines([card], where, rules=False):
-            for better, rule in ((better, rule) for better in trusted[:rank] for rule in better.never):
+            for better, rule in ((one, rule) for one in trusted[:rank] for rule in one.never):
                 if any(advises(normalise(line), phrase) for phrase in rule.broken_by):
                     found.setdefault(normalise(line), (rule.text, better.id))
     return found

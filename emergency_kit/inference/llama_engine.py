@@ -104,7 +104,7 @@ class LlamaEngine:
         for number, messages in enumerate(batch, 1):
             check_length(self.encode(messages), max_new_tokens, self.context_tokens, f"prompt {number} of {len(batch)}")
         halted = threading.Event()
-        streams = [self.stream(messages, max_new_tokens, temperature, seed, halted.is_set, grammar=grammar) for messages, seed in zip(batch, seeds or [None] * len(batch))]
+        streams = [self.stream(messages, max_new_tokens, temperature, seeds[number] if seeds else None, halted.is_set, grammar=grammar) for number, messages in enumerate(batch)]
         with ThreadPoolExecutor(min(self.slots, batch_size)) as pool:
             running = {pool.submit(_exhaust, stream) for stream in streams}
             try:

@@ -24,7 +24,7 @@ from emergency_kit.training.run import train
 from tests.tiny import resolve
 from tests.training.test_ranks import MORE, PROCESSES, alone, assert_alike, flags, kill_a_rank, outcome, ranks_of, wait_for
 
-__all__ = ["alone", "tiny"]  # fixtures
+__all__ = ["alone"]  # a fixture
 
 
 def accelerate(number: int, *settings: str, file: str = "fsdp", launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
