@@ -59,7 +59,7 @@ evaluate-openai: setup ## The same with OpenAI (OPENAI_API_KEY)
 evaluate-gemini: setup ## The same with Gemini (GEMINI_API_KEY)
 	@$(KIT) evaluate --ai --ai-provider gemini $(ARGS)
 
-gate: setup ## Say whether the evaluated model may ship (outputs/verdict.json); exit code 7 when not
+gate: setup ## Say whether the evaluated model may ship (outputs/verdict.json); ends with an error when not
 	@$(KIT) gate $(ARGS)
 
 infer: setup ## Ask the trained model
@@ -89,7 +89,7 @@ upload-hf: setup ## Upload the merged model to the Hub: make upload-hf REPO=owne
 upload-gguf: setup ## Upload the GGUF files to the Hub: make upload-gguf REPO=owner/name
 	@$(KIT) upload-gguf --repo "$(REPO)" $(ARGS)
 
-pipeline: setup ## Train, evaluate, merge, judge; exit code 7 when the verdict is not to ship
+pipeline: setup ## Train, evaluate, merge, judge; ends with an error when the verdict is not to ship
 	@$(KIT) pipeline $(ARGS)
 
 measurer: setup ## Measure the safety matcher on hand-labelled sentences and answers (evaluation/measurer/figures.yaml)

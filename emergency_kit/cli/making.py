@@ -178,6 +178,7 @@ def pipeline(
         gate_stage(resolved)
     except VerdictError as error:  # everything is made and said before the exit code is
         verdict = error
-    print(f"Done. Model: {merged}. Next: make infer (ask it), make export-gguf (files for llama.cpp).", flush=True)
+    then = "make export-gguf ARGS='--override-verdict REASON' (an export needs a reason where the verdict is no)" if verdict else "make export-gguf (files for llama.cpp)"
+    print(f"Done. Model: {merged}. Next: make infer (ask it), {then}.", flush=True)
     if verdict:
         raise verdict

@@ -59,6 +59,8 @@ def bootstrap_mean(values: Sequence[float], clusters: Sequence[str], seed: int =
         return None
     numbers = np.asarray(values, float)
     _, groups = np.unique(np.asarray(clusters), return_inverse=True)
+    if not groups.any():  # of a single cluster its scenarios are drawn, or the interval would have no width
+        groups = np.arange(len(numbers))
     sums, sizes = np.bincount(groups, numbers), np.bincount(groups)
     drawn = np.random.default_rng(seed).integers(0, len(sizes), (DRAWS, len(sizes)))
     means = sums[drawn].sum(1) / sizes[drawn].sum(1)

@@ -54,7 +54,8 @@ def load_cues(folder: Path = CUE_FOLDER) -> dict[str, tuple[str, ...]]:
     for path in sorted(folder.glob("*.yaml")):
         try:
             content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-            cues |= {card_id: tuple(str(cue) for cue in items) for card_id, items in content.items()}
+            for card_id, items in content.items():  # a second file adds to what the first has of a card
+                cues[card_id] = (*cues.get(card_id, ()), *(str(cue) for cue in items))
         except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError) as error:
             raise DataError(f"{path}: not a table of cues by card ({' '.join(str(error).split())})") from None
     return cues

@@ -152,7 +152,7 @@ def _import_backend(name: str) -> Backend:
         if name != "unsloth":
             raise
         raise ModelError(f"model.backend unsloth: it is installed but cannot be imported ({hub.first_line(error)}); next: --set model.backend=hf, "
-                         "or install the tested versions anew (docs/Training.md, GPU)") from None
+                         "or install the tested versions anew (docs/Training.md, Backends)") from None
 
 
 def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, full: bool = False, needs: str = "",

@@ -190,7 +190,7 @@ def _run(run: _Run) -> Path:
     except BaseException as error:
         gone = ranks.lost(error)
         if not isinstance(error, Interrupted):
-            callbacks.LOG.error("Training stopped: %s", gone or str(error) or type(error).__name__)
+            callbacks.LOG.error("Error: training stopped: %s", gone or str(error) or type(error).__name__)
         if gone:
             raise TrainingError(gone) from error
         raise

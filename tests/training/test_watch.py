@@ -160,7 +160,7 @@ def test_a_loss_that_is_not_a_number_stops_with_its_rows(run: tuple[Path, str], 
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(TrainingError, match=r"loss is not a number at step 1/4; rows in it: \d+ \(\d+ tokens: 'FACTS.*learning_rate \(now 0.*--resume-from"):
         train(resolve(broken, beside(run, tmp_path / "out")))
-    assert not (tmp_path / "out" / "checkpoints" / "final").exists() and "Training stopped: the loss" in (tmp_path / "out" / "logs" / "training.log").read_text()
+    assert not (tmp_path / "out" / "checkpoints" / "final").exists() and "Error: training stopped: the loss" in (tmp_path / "out" / "logs" / "training.log").read_text()
 
 
 def test_what_would_never_happen_is_said_before(tiny: Path, tmp_path: Path) -> None:
