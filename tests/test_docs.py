@@ -33,11 +33,8 @@ GUIDE_HEADINGS = [
     "Troubleshooting Training", "CUDA Out of Memory", "Training Loss Not Decreasing", "Training Interrupted"]
 # Numbers with a unit that stand in no result, by page, and where they come from.
 ELSEWHERE = {
-    "README.md": ({"22.7", "29.3", "46.8", "67.3", "87.8"}, "the table of docs/Evaluation.md"),
     "docs/Data.md": ({"77"}, "tests/knowledge/test_retrieve.py holds retrieval on the test split"),
     "docs/Deployment.md": ({"5.7", "75.83"}, "the answers beside each other in that table, with its command"),
-    "docs/Evaluation.md": ({"6.0", "8.0", "22.7", "27.0", "28.7", "29.3", "36.7", "46.0", "46.8", "58.7", "59.2", "64.8", "67", "67.3", "70.9", "79.6", "84.6", "87.8", "96.8"},
-                           "the tables of two evaluations, with their commands, which stand on that page alone"),
     "docs/Getting-Started.md": ({"3.5"}, "the disk of all outputs"),
     "docs/Scaling.md": ({"450", "828"}, "an H100's data sheet, and arithmetic of LoRA's gradients"),
     "docs/Training.md": ({"21.7"}, "the plan's table, which tests/training/test_plan.py makes anew")}
