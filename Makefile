@@ -134,7 +134,7 @@ prove-trackers: setup ## TensorBoard, W&B offline, MLflow and trackio each read 
 
 # Likewise an environment of its own: DeepSpeed comes as source and brings six packages that nothing else here needs. Nothing of it is compiled.
 DEEPSPEED := outputs/bench/deepspeed
-prove-deepspeed: setup $(VENV)/installed-test.txt ## DeepSpeed, ZeRO 1 and 2, two processes on a CPU: gradients, losses, a stop, a killed rank, going on with another number of them (installs it into outputs/bench/deepspeed, 10 minutes)
+prove-deepspeed: setup $(VENV)/installed-test.txt ## DeepSpeed, ZeRO 1 and 2, two processes on a CPU: gradients, losses, a stop, a killed rank, going on with another number of them (installs it into outputs/bench/deepspeed, a quarter of an hour)
 	@[ -x $(DEEPSPEED)/bin/python ] || $(VENV)/bin/python -m venv $(DEEPSPEED)
 	@$(VENV)/bin/python -c 'import site; print(site.getsitepackages()[0])' > "$$(echo $(DEEPSPEED)/lib/python3*/site-packages)/kit.pth"
 	@DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(DEEPSPEED)/bin/python -m pip --disable-pip-version-check install --quiet -c requirements.lock 'deepspeed>=0.19.8,<0.20'
