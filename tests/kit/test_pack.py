@@ -3,6 +3,9 @@
 import html
 import json
 import shutil
+import subprocess
+import sys
+import time
 import zipfile
 
 import pytest
@@ -191,3 +194,42 @@ def test_every_wheel_that_serving_imports_is_packed():
     # Optional for who imports them: anyio looks for sniffio, and the editable install is the program itself.
     missing = {plain(name) for name in listed} - {plain(name) for name in fetch.SERVING} - {"ai-emergency-kit", "sniffio", "setuptools"}
     assert not missing and not {"torch", "transformers"} & {plain(name) for name in listed}
+
+
+PACK = """
+import sys
+from pathlib import Path
+from tests.kit.conftest import pack
+print("ready", flush=True)
+pack(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]))
+"""
+
+
+def test_a_kill_while_packing_leaves_no_kit_and_the_next_packing_is_whole(outputs, model, tmp_path):
+    """SIGKILL spread over the time that packing takes: what stands under the kit's name is whole or is not there."""
+    command = [sys.executable, "-c", PACK, str(outputs), str(model), str(tmp_path / "kit")]
+
+    def begin() -> subprocess.Popen[str]:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        return process
+
+    process, started = begin(), time.monotonic()
+    process.communicate(timeout=120)
+    needed = time.monotonic() - started
+    verify_kit(tmp_path / "kit")
+    unfinished = 0
+    for share in (0.25, 0.55, 0.85):
+        shutil.rmtree(tmp_path / "kit", ignore_errors=True)
+        process = begin()
+        time.sleep(share * needed)
+        process.kill()
+        process.communicate(timeout=30)
+        if (tmp_path / "kit").exists():
+            verify_kit(tmp_path / "kit")
+        unfinished += process.returncode != 0
+    assert unfinished >= 2, f"packing takes {needed:.1f} s, and the kills came too late"
+    shutil.rmtree(tmp_path / "kit", ignore_errors=True)
+    pack(outputs, model, tmp_path / "kit")
+    verify_kit(tmp_path / "kit")
+    assert [path.name for path in tmp_path.iterdir()] == ["kit"], "the next packing clears what a killed one left"
