@@ -232,8 +232,8 @@ docs: $(VENV)/installed-docs.txt ## Build the documentation as a site that needs
 	@$(VENV)/bin/python docs/site/stage.py outputs/docs
 	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict --quiet && echo "Built: outputs/site/index.html"
 
-test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README.md and docs/, page by page, in a scratch copy with small settings (ARGS="-k Training" for one page; long)
-	@EMERGENCY_KIT_DOCS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_docs_commands.py -s $(ARGS)
+test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README.md and docs/, page by page, in a scratch copy with small settings, and what docs/Architecture.md adds (ARGS="-k Training" for one page; long)
+	@EMERGENCY_KIT_DOCS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_docs_commands.py tests/test_architecture.py -s $(ARGS)
 
 test-tutorials: setup $(VENV)/installed-test.txt ## Do every tutorial to its end, from the model that make pipeline has trained (half an hour; npm and the package index for the kit)
 	@EMERGENCY_KIT_TUTORIALS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s tests/test_tutorials.py $(ARGS)

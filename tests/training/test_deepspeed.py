@@ -23,9 +23,9 @@ from emergency_kit.errors import TrainingError
 from emergency_kit.training import zero
 from emergency_kit.training.run import train
 from tests.training.test_fsdp import accelerate, stop_on_one_rank
-from tests.training.test_ranks import alone, assert_alike, flags, kill_a_rank, outcome, tiny, wait_for
+from tests.training.test_ranks import alone, assert_alike, flags, kill_a_rank, outcome, wait_for
 
-__all__ = ["alone", "tiny"]  # fixtures
+__all__ = ["alone"]  # a fixture
 with_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed; make prove-deepspeed")
 finds_ranks = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the ranks by /proc")
 
