@@ -248,6 +248,7 @@ def _add_papers(packing: Packing, model: Path, entry: dict[str, Any], verdict: d
         (folder / f"certificate.{suffix}").write_bytes(source.read_bytes())
     licences = folder / "licences"
     save_text(licences / "emergency-kit-LICENSE", (REPOSITORY / "LICENSE").read_text(encoding="utf-8"))
+    save_text(licences / "llama.cpp-LICENSE", (TEXTS / "llama.cpp-LICENSE.txt").read_text(encoding="utf-8"))
     save_text(licences / "README.txt", (TEXTS / "licences.txt").read_text(encoding="utf-8"))
     for wheel in sorted((folder / "computer" / "wheels").glob("*.whl")):
         for name, content in fetch.licences_of(wheel).items():

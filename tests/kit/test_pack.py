@@ -42,6 +42,7 @@ def test_a_kit_holds_exactly_these_and_its_model_in_parts_is_the_file(plain, mod
     assert not list(plain.rglob("*@*")) and "@" not in (plain / "README.txt").read_text().replace("@wllama", "")
     for path in plain.rglob("*"):
         assert " " not in path.name
+    assert {"emergency-kit-LICENSE", "llama.cpp-LICENSE", "README.txt"} <= {path.name for path in (plain / "licences").iterdir()}
 
 
 def test_readme_says_what_it_is_not_and_what_was_left_out(plain):
