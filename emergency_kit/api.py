@@ -194,8 +194,7 @@ class Assistant:
         from emergency_kit.inference.engines import check_model
 
         resolved = config or load_config()
-        training = resolved.config.training
-        folder = Path(checkpoint or Path(training.output_dir) / "checkpoints" / training.model_name)
+        folder = Path(checkpoint or resolved.finished_model)
         check_model(folder, resolved.config.model)
         self._answerer = Answerer(resolved, folder, slots=1)
 

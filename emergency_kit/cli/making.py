@@ -153,8 +153,7 @@ def pipeline(
     from emergency_kit.training.run import is_trained_as
     from emergency_kit.training.run import train as train_stage
 
-    training = resolved.config.training
-    adapter = Path(training.output_dir) / "checkpoints" / training.model_name
+    adapter = resolved.finished_model
     trained = os.environ.get(TRAINED) == str(adapter.resolve())
     if adapter.exists() and (trained or not overwrite) and is_trained_as(resolved, adapter):
         print(f"1/4 train: {adapter} is {'' if trained else 'already '}trained with this config on this data{'' if trained else '; --overwrite trains anew'}", flush=True)

@@ -133,8 +133,9 @@ def guard(text: str, cards: Sequence[Card], country: str = "", fits: int = 1, ne
     others = [card for card in near if card not in cards]
     places = locate_lines(text)
     doubted = [card for card in (*cards[fits:], *choices) if card not in cards[:fits]] if unsure else []
-    broken = _find_broken(text, places, cards, fits, others, doubted, country, where)
     trusted = list(cards[:fits])
+    overruled = _find_overruled(trusted, where)
+    broken = _find_broken(text, places, cards, fits, others, doubted, overruled, country, where)
     known = _card_lines(cards, where)
     own = {normalise(line) for _, line in known}
     said = set(normalise(scenario).split())
@@ -148,7 +149,7 @@ def guard(text: str, cards: Sequence[Card], country: str = "", fits: int = 1, ne
                         if number not in said) if section == "guidance" else ()
         on_card = section == "guidance" and not rule and (slip is not None or normalise(written) in own)
         lines.append(Line(section, written, start, end, rule, owner or (slip[0] if slip else ""), slip[1] if slip else "", strange, on_card))
-    added = _find_missing(text, lines, trusted, doubted, country, where)
+    added = _find_missing(text, lines, trusted, doubted, overruled, country, where)
     guidance = tuple(_describe_card(card, rank < fits, where) for rank, card in enumerate(cards))
     number = where.number(cards[0].service if cards else "any") if where else ANY_COUNTRY
     return Guarded(text, tuple(lines), added, guidance, number, country.upper(), unsure, tuple((card.id, card.name) for card in choices) if unsure else ())
@@ -162,14 +163,13 @@ def guard_found(text: str, found: Found, library: Mapping[str, Card], country: s
 
 
 def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits: int, others: Sequence[Card], doubted: Sequence[Card],
-                 country: str, where: Country | None) -> dict[Place, tuple[str, str]]:
+                 overruled: Mapping[str, tuple[str, str]], country: str, where: Country | None) -> dict[Place, tuple[str, str]]:
     """`{place: (rule, card id)}` of every line that must be struck.
 
     A line of a card that fits is right as it stands, unless a better one forbids it in plain words, and so is any card's line by its own rules; but
-    where retrieval is unsure, it must also keep the never-rules of the cards that it may be instead (`doubted`).
+    where retrieval is unsure, it must also keep the never-rules of the cards that it may be instead (`doubted`). overruled: of `_find_overruled`.
     """
     trusted = cards[:fits]
-    overruled = find_overruled(trusted, where)
     found = {place: overruled[line] for place in places if (line := normalise(text[place[1]:place[2]])) in overruled}
     right = {normalise(line) for _, line in _card_lines(trusted, where)}
     for section, start, end in places:
@@ -187,7 +187,7 @@ def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits
     return found
 
 
-def find_overruled(trusted: Sequence[Card], where: Country | None) -> dict[str, tuple[str, str]]:
+def _find_overruled(trusted: Sequence[Card], where: Country | None) -> dict[str, tuple[str, str]]:
     """`{normalised action: (rule, card id)}`: actions of cards that fit which a better fitting one forbids in its own words (aspirin, beside a stroke).
 
     Only a rule's own phrases count: its wider patterns are made for answers about its own hazard, and find another's actions by chance."""
@@ -252,10 +252,9 @@ def _find_slip(written: str, known: Sequence[tuple[str, str]]) -> tuple[str, str
     return best
 
 
-def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], doubted: Sequence[Card], country: str,
-                  where: Country | None) -> tuple[Step, ...]:
+def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], doubted: Sequence[Card], overruled: Mapping[str, tuple[str, str]],
+                  country: str, where: Country | None) -> tuple[Step, ...]:
     """Critical actions that no line gives which stays, by its own words or as a card's line with a slip, and that no doubted or better card forbids."""
-    overruled = find_overruled(trusted, where)
     left = text
     for line in lines:
         if line.breaks:

@@ -69,7 +69,7 @@ def train(resolved: Resolved, resume_from: Path | None = None, overwrite: bool =
         if resolved.config.training.method == "sft":
             say_plan(resolved, rows=None if config.dataset.streaming else run.rows)
         console.print("Dry run: no model was loaded, and nothing written beyond the dataset and its tokens.")
-        return output / "checkpoints" / resolved.config.training.model_name
+        return resolved.finished_model
     if ranks.is_first():
         check_writable(output / "checkpoints")
     ranks.join(pick_device(config.model), config.training.rank_timeout_seconds)
@@ -101,8 +101,7 @@ class _Run:
 
     @property
     def final(self) -> Path:
-        training = self.resolved.config.training
-        return Path(training.output_dir) / "checkpoints" / training.model_name
+        return self.resolved.finished_model
 
 
 def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, accept_changes: bool, record: lock.RunRecord | None, console: Console) -> _Run:
