@@ -37,6 +37,7 @@ def respace(text: str) -> str:
         shift = (indent + 2) // 3 * 4 - indent if listed and indent and not fence else len(fence) - len(fence.lstrip()) if fence else 0
         if not fence and line.lstrip().startswith("```"):
             fence = " " * shift + "```"
+            line = re.sub(r"(```\w+) .*", r"\1", line)  # of "text recorded" it knows the first word alone
         elif fence and line.strip() == "```":
             fence = ""
         lines.append(" " * shift + line if line else line)
