@@ -202,6 +202,8 @@ class InferenceConfig(Section):
     """Show the cards that fit beside the answer, strike what breaks a never-rule, add missing steps; the model's words stay as they are."""
     temperature: float = Field(default=0.0, ge=0, le=2)
     """0 is greedy: the same answer every time."""
+    warm_up: bool = True
+    """While nobody asks, `serve` and a session of `infer` compute each card's prompt up to the situation, so that the first answer about a hazard begins sooner (llama.cpp)."""
 
 
 class ServeConfig(Section):

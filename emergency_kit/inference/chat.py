@@ -22,6 +22,7 @@ from emergency_kit.inference.engines import Stream, check_model, open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.guard import Guarded, guard_found
 from emergency_kit.inference.show import Page, explain
+from emergency_kit.inference.warm_up import start_warm_up
 from emergency_kit.knowledge.cards import Card, load_cards
 from emergency_kit.knowledge.emergency_numbers import find_country
 from emergency_kit.knowledge.retrieve import Found, Retriever
@@ -203,6 +204,8 @@ def _hold_session(chat: Chat) -> None:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  gives input() line editing and history
     _note(HELP if interactive else HELP.splitlines()[0])
+    if interactive and chat.grounded and chat.settings.warm_up:
+        start_warm_up(chat.engine, chat.cards, chat.settings.country)
     while True:
         try:
             line = _read_line(interactive)

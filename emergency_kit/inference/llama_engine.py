@@ -14,6 +14,7 @@ import os
 import queue
 import secrets
 import threading
+import time
 import urllib.error
 import urllib.request
 import weakref
@@ -33,8 +34,8 @@ CONTEXT_TOKENS = 4096
 POLL_SECONDS = 0.05
 PROGRESS_SECONDS = 0.2
 # Prompts that a slot has left are kept in memory: a hazard that is asked about again costs no new prompt (about 10 MB each
-# with the bundled model). Tokens of a prompt in one step: between steps a stopped stream leaves its slot.
-CACHE_MIB, BATCH_TOKENS, STEP_TOKENS = 256, 256, 128
+# with the bundled model, 6 MB the beginnings that `remember` computes). Tokens of a prompt in one step: between steps a stopped stream leaves its slot.
+CACHE_MIB, BATCH_TOKENS, STEP_TOKENS, PIECE_TOKENS = 512, 256, 128, 64
 # Nothing of llama.cpp's own defaults (top-k 40, top-p 0.95): the distribution is the model's, as in `engine.Engine`.
 PLAIN_SAMPLING = {"samplers": ["temperature"], "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 
@@ -49,6 +50,7 @@ class LlamaEngine:
         self._permits = threading.Semaphore(slots)
         self._closing = threading.Event()
         self._workers: set[threading.Thread] = set()
+        self._activity = _Activity()
         properties = self._ask("/props")
         self.context_tokens: int = properties["default_generation_settings"]["n_ctx"]
         self.tokenizer = _Tokenizer(self._ask, properties["bos_token"], properties["eos_token"])
@@ -120,6 +122,42 @@ class LlamaEngine:
                 halted.set()
         return [stream.result for stream in streams]
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` has been called."""
+        return self._closing.is_set()
+
+    def idle_seconds(self) -> float:
+        """For how long nothing has been asked; 0 while an answer is on its way or waits."""
+        return self._activity.idle_seconds()
+
+    def remember(self, prompt: list[int], should_stop: Callable[[], bool]) -> bool:
+        """Compute what a prompt begins with, so that one that goes on from there costs its rest alone; False where it was stopped, or every slot is taken.
+
+        The prompts that were left last are kept, up to CACHE_MIB. Raises ModelError where llama.cpp refuses.
+        """
+        if self._closing.is_set() or not self._permits.acquire(blocking=False):
+            return False
+        failed: list[Any] = []
+
+        def receive(event: Any) -> bool:
+            failed.extend([event] if "error" in event else [])
+            return should_stop() or self._closing.is_set()
+
+        self._workers.add(threading.current_thread())
+        try:
+            # In pieces, since whoever asks meanwhile waits for the piece that is being computed.
+            for end in range(PIECE_TOKENS, len(prompt) + PIECE_TOKENS, PIECE_TOKENS):
+                if should_stop() or self._closing.is_set():
+                    return False
+                self._server.handle_completions(_build_request(prompt[:end], 0, 0.0, 0, ""), receive)
+                if failed:
+                    _read_event(State(), failed[0])
+        finally:
+            self._workers.discard(threading.current_thread())
+            self._permits.release()
+        return True
+
     def close(self) -> None:
         """Stop every stream, then llama.cpp; a second call does nothing."""
         _stop(self._closing, self._workers)
@@ -129,7 +167,7 @@ class LlamaEngine:
         """Generate in a thread of its own: `put` gets llama.cpp's events, then None."""
         if self._closing.is_set():
             raise ModelError("this engine has been closed")
-        server, permits, closing, workers = self._server, self._permits, self._closing, self._workers
+        server, permits, closing, workers, activity = self._server, self._permits, self._closing, self._workers, self._activity
 
         def halted(*_: Any) -> bool:
             return cancelled.is_set() or closing.is_set()
@@ -149,9 +187,11 @@ class LlamaEngine:
                 finally:
                     permits.release()
             finally:
+                activity.end()
                 put(None)
                 workers.discard(threading.current_thread())
 
+        activity.begin()
         thread = threading.Thread(target=work, name="llama.cpp answer", daemon=True)
         workers.add(thread)
         thread.start()
@@ -164,6 +204,25 @@ class LlamaEngine:
                                       {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"})
         with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sent, timeout=60) as reply:
             return json.load(reply)
+
+
+class _Activity:
+    """How many answers are on their way, and since when there are none."""
+
+    def __init__(self) -> None:
+        self._lock, self._running, self._since = threading.Lock(), 0, time.monotonic()
+
+    def begin(self) -> None:
+        with self._lock:
+            self._running += 1
+
+    def end(self) -> None:
+        with self._lock:
+            self._running, self._since = self._running - 1, time.monotonic()
+
+    def idle_seconds(self) -> float:
+        with self._lock:
+            return 0.0 if self._running else time.monotonic() - self._since
 
 
 class _Tokenizer:

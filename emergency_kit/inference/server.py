@@ -71,6 +71,7 @@ def build_server(resolved: Resolved, checkpoint: Path, token: str = "") -> tuple
     from emergency_kit.inference.metrics import Metrics
     from emergency_kit.inference.service import Service
     from emergency_kit.inference.slots import Slots
+    from emergency_kit.inference.warm_up import start_warm_up
 
     class Protocol(H11Protocol):
         """uvicorn's, and a connection that never completes the head of a request is closed."""
@@ -93,6 +94,8 @@ def build_server(resolved: Resolved, checkpoint: Path, token: str = "") -> tuple
     protocol = uvicorn.Config(app, http=Protocol, ws="none", loop="asyncio", lifespan="on", access_log=False, log_level="warning", server_header=False,
                             proxy_headers=False, limit_concurrency=config.serve.connections, timeout_keep_alive=IDLE_SECONDS, timeout_graceful_shutdown=GRACE_SECONDS,
                             h11_max_incomplete_event_size=16384)
+    if config.inference.warm_up and answerer.grounded:
+        start_warm_up(answerer.engine, answerer.cards, config.inference.country)
     return uvicorn.Server(protocol), answerer.engine.description
 
 

@@ -2,7 +2,7 @@
 
 In: cards, retrieval's numbers, the engine of the packed model. Out: the folder page/ of a kit: the files of `inference/page`, those of
 `kit/browser` in front of them, cards.json, retrieval/, kit.json, the engine and the model in parts. No file asks another host.
-Limits: retrieval's numbers are 34 MB, kept as they are (float32) so that the page finds what Python finds.
+Limits: retrieval's numbers are by far the largest file beside model and engine; they are those of `knowledge/index.py`, bit for bit, so that the page finds what Python finds.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from emergency_kit.knowledge.cards import SAFE_MINIMUM, card_digest, load_cards
 PAGE, BROWSER = Path(__file__).parent.parent / "inference" / "page", Path(__file__).parent / "browser"
 POLICY = ("default-src 'none'; script-src 'self' 'wasm-unsafe-eval' blob:; worker-src 'self' blob:; style-src 'self'; img-src 'self'; connect-src 'self' blob:; "
           "manifest-src 'self'; base-uri 'none'; form-action 'none'")
-FEATURES, NUMBERS = "retrieval/features.txt", "retrieval/numbers.f32"
+FEATURES, NUMBERS = "retrieval/features.txt", "retrieval/numbers.bin"
 
 
 def save_page(folder: Path, country: str) -> None:
@@ -48,7 +48,7 @@ def save_retrieval(folder: Path) -> None:
     fitted = index.load_index(load_cards())
     (folder / "retrieval").mkdir()
     write_bytes(folder / FEATURES, "\n".join(fitted.features).encode())
-    write_bytes(folder / NUMBERS, fitted.idf.astype("<f4").tobytes() + fitted.weights.astype("<f4").tobytes())
+    write_bytes(folder / NUMBERS, fitted.idf.astype("<f4").tobytes() + fitted.weights.astype("<f2").tobytes())
 
 
 def load_retrieval(folder: Path) -> index.Index:
@@ -57,8 +57,8 @@ def load_retrieval(folder: Path) -> index.Index:
 
     settings = json.loads((folder / "kit.json").read_text(encoding="utf-8"))["retrieval"]
     features = (folder / FEATURES).read_text(encoding="utf-8").split("\n")
-    numbers = numpy.fromfile(folder / NUMBERS, "<f4")
-    return index.Index(tuple(settings["card_ids"]), {name: place for place, name in enumerate(features)}, numbers[:len(features)], numbers[len(features):].reshape(len(features), -1))
+    idf, weights = numpy.fromfile(folder / NUMBERS, "<f4", len(features)), numpy.fromfile(folder / NUMBERS, "<f2", offset=4 * len(features))
+    return index.Index(tuple(settings["card_ids"]), {name: place for place, name in enumerate(features)}, idf, weights.reshape(len(features), -1))
 
 
 def build_settings(config: Config, engine: LlamaEngine | None, model: dict[str, Any] | None, self_test: dict[str, Any] | None) -> dict[str, Any]:

@@ -110,10 +110,10 @@ def read(text: str) -> list[Read]:
 
 
 class Reading:
-    """An answer ready to match. sentences: its `Read`s; where: numbers of the sentences that hold a stem."""
+    """An answer ready to match. text: as it was written; sentences: its `Read`s; where: numbers of the sentences that hold a stem."""
 
     def __init__(self, text: str):
-        self.sentences = read(text)
+        self.text, self.sentences = text, read(text)
         self.where: dict[str, set[int]] = {}
         for number, item in enumerate(self.sentences):
             for stemmed in item.at:

@@ -3,7 +3,8 @@
 In: `patterns/<category>.yaml`, under each card's id `actions` and `never`, each a mapping from the card's line
 to patterns (`matching.py` says how they are written), `time_critical`: the lines to act on first, and `excuses`:
 words that, in the same sentence, name the case that a rule leaves open ("unless an expert says so"). A card
-that has no entry there (a card of one's own) falls back on its own phrases. Out: frozen `CardPatterns`.
+that has no entry there (a card of one's own) falls back on its own phrases. `chance.yaml`: lines of other cards that the
+patterns of a rule find by chance. Out: frozen `CardPatterns`.
 Patterns stand beside the cards, not in them: they change no prompt, no dataset and no retrieval index.
 """
 
@@ -17,12 +18,13 @@ from typing import Any, Mapping
 import yaml
 
 from emergency_kit.errors import DataError
-from emergency_kit.knowledge.cards import Card
+from emergency_kit.knowledge.cards import Card, normalise
 from emergency_kit.knowledge.matching import Pattern, compile_pattern
 from emergency_kit.knowledge.statements import stem
 
 PATTERN_FOLDER = Path(__file__).parent / "patterns"
 PROHIBITION_FILE = Path(__file__).parent / "prohibitions.yaml"
+CHANCE_FILE = Path(__file__).parent / "chance.yaml"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,20 @@ def load_prohibitions() -> Mapping[str, tuple[Pattern, ...]]:
         return {str(name): tuple(compile_pattern(str(text)) for text in texts) for name, texts in content.items()}
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
         raise DataError(f"{PROHIBITION_FILE}: cannot be read: {' '.join(str(error).split())}") from None
+
+
+@functools.lru_cache(maxsize=1)
+def load_chance() -> Mapping[tuple[str, str], frozenset[str]]:
+    """`{(card id, never-rule): normalised lines}`: what other cards advise and the rule's patterns find though it does not break the rule, each read by hand.
+
+    Patterns are made for answers about their own hazard; an answer that follows another hazard's card is told by its lines. Raises DataError
+    for a file that is not well formed.
+    """
+    try:
+        content = yaml.load(CHANCE_FILE.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        return {(card_id, rule): frozenset(normalise(line) for line in lines) for card_id, rules in content.items() for rule, lines in rules.items()}
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise DataError(f"{CHANCE_FILE}: cannot be read: {' '.join(str(error).split())}") from None
 
 
 def phrase_pattern(phrase: str) -> Pattern:

@@ -20,7 +20,7 @@ from emergency_kit.knowledge.index import load_index
 WINDOW_WORDS, WINDOW_SHARE = 24, 0.5
 APPLIES = 0.85
 UNSURE_MARGIN, UNSURE_APPLIES = 0.1, 0.2
-SECOND_SCORE = 0.36
+SECOND_SCORE = 0.35
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from emergency_kit.knowledge.cards import Action, Card, contains_phrase, normali
 from emergency_kit.knowledge.emergency_numbers import ANY_COUNTRY, Country, find_country, localise
 from emergency_kit.knowledge.lexicon import lexicon
 from emergency_kit.knowledge.matching import Match, Pattern, Reading, stance_of
-from emergency_kit.knowledge.patterns import card_patterns, load_prohibitions, phrase_pattern
+from emergency_kit.knowledge.patterns import card_patterns, load_chance, load_prohibitions, phrase_pattern
 from emergency_kit.knowledge.statements import Sentence
 
 _WARNING = re.compile(r"\b(?:do not|don't|dont|never|avoid|without|instead of|rather than|not to|no)\b")
@@ -169,13 +169,15 @@ def _examine_action(reading: Reading, card: Card, action: Action, patterns: Sequ
 def _examine_rule(reading: Reading, card: Card, rule: str, patterns: Sequence[Pattern], excuses: frozenset[str]) -> RuleFinding:
     """One rule: affirmed anywhere outweighs a warning elsewhere, since a reader may act on either."""
     stances: dict[str, tuple[int, int]] = {}
+    chance = load_chance().get((card.id, rule), frozenset())
     for pattern in patterns:
         for match in reading.find(pattern):
             sentence = reading.sentences[match.sentence].sentence
             if sentence.section == "uncertainties" or (sentence.section == "facts" and not _orders(sentence, match)):
                 continue
             stance = stance_of(match, pattern)
-            if stance == "affirmed" and (match.flags & (scope.BEFORE | scope.AWAY) or _is_tap_water(sentence, match) or excuses & reading.sentences[match.sentence].at.keys()):
+            if stance == "affirmed" and (match.flags & (scope.BEFORE | scope.AWAY) or _is_tap_water(sentence, match) or excuses & reading.sentences[match.sentence].at.keys()
+                                          or chance and normalise(reading.text[sentence.start:sentence.end]) in chance):
                 continue
             stances.setdefault(stance, (match.start, match.end))
     for stance in ("affirmed", "warned"):

@@ -2,7 +2,8 @@
 
 In: a trainer that is ready for its first step, and the rows that need the most memory. Out: nothing but, where memory ran out, batches
 in more parts (`facts.pieces`), as it happens in a run, and, where it is there in plenty, layers kept. Gradients, random states and counters are put back, so that the
-run's bits do not change. Cost: one pass and one validation batch, since of a `fused` step only the largest pass is computed.
+run's bits do not change. Cost: one pass and one validation batch, since of a `fused` step only the largest pass is computed; on a CPU whose memory
+is more than twice what the plan foresees, nothing is tried.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from emergency_kit.config import Resolved
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.model.backend import memory_bytes
+from emergency_kit.model.backend import memory_bytes, pick_device
 from emergency_kit.training import ranks, sharding
 from emergency_kit.training.callbacks import LOG
 from emergency_kit.training.fit import keep_layers
@@ -24,6 +26,25 @@ from emergency_kit.training.loss import unpadded
 if TYPE_CHECKING:
     from emergency_kit.training.trainer import KitTrainer
     from emergency_kit.training.workload import Load
+
+
+# A CPU with so many times the memory that the plan foresees does without the trial: the plan is within a tenth of what a run takes (benchmarks/RESULTS.md).
+PLENTY = 2.0
+
+
+def is_plenty(resolved: Resolved, load: "Load", world: int) -> bool:
+    """Whether the longest rows fit beyond doubt, so that the seconds of trying them are spared: the `fused` engine on a CPU, its processes on this machine."""
+    from emergency_kit.model.shape import load_shape
+    from emergency_kit.training.prediction import foresee_memory, setting_of
+
+    shape = load_shape(resolved.config.model)
+    if pick_device(resolved.config.model) != "cpu" or resolved.config.training.gradient_checkpointing == "auto" or not setting_of(resolved, shape, on_gpu=False).fused:
+        return False
+    peak, room = foresee_memory(resolved, shape, load.work)
+    plenty = PLENTY * peak * world < room
+    if plenty:
+        LOG.info("Memory: %.2f GB foreseen, %.1f GB are free; the longest rows need no trial", peak / 1e9, room / 1e9)
+    return plenty
 
 
 def try_longest(trainer: "KitTrainer", load: "Load") -> None:

@@ -98,6 +98,12 @@ def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | N
     return made
 
 
+def foresee_memory(resolved: Resolved, shape: Shape, work: memory.Workload) -> tuple[float, float]:
+    """`(most bytes that a run on this CPU takes, bytes that are there for it)`; what the process holds already counts to both, so that a loaded model counts twice."""
+    phases = memory.estimate(shape, resolved, setting_of(resolved, shape, on_gpu=False), work, _process_bytes())
+    return memory.peak(phases)[1], _available_bytes()
+
+
 def _process_bytes() -> int:
     """What this process holds now, with everything imported that training imports."""
     import peft  # noqa: F401

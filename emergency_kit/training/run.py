@@ -202,7 +202,7 @@ def _train(run: _Run, stop: Stop) -> Path:
     from emergency_kit.training import callbacks, engine, fit, workload
     from emergency_kit.training.batches import RowDataset
     from emergency_kit.training.curves import CurvesCallback
-    from emergency_kit.training.first_try import try_longest
+    from emergency_kit.training.first_try import is_plenty, try_longest
     from emergency_kit.training.health import HealthCallback
     from emergency_kit.training.preference import PairDataset
     from emergency_kit.training.resumed import RunEnded
@@ -249,7 +249,7 @@ def _train(run: _Run, stop: Stop) -> Path:
             model=loaded.model, args=engine.training_arguments(run.resolved, run.final.parent, model, fused is not None, run.plan["steps"], pass_rows,
                                                                          loaded.owns_loss),
             train_dataset=train_dataset, eval_dataset=dataset(rows["validation"]), facts=facts, pad_id=loaded.tokenizer.pad_token_id, fused=fused,
-            stop=stop, resumed=state, score=score, rising_from=run.rising_from, before_training=lambda trainer: load and try_longest(trainer, load),
+            stop=stop, resumed=state, score=score, rising_from=run.rising_from, before_training=lambda trainer: load and (is_plenty(run.resolved, load, ranks.world()) or try_longest(trainer, load)),
             callbacks=[screen, health, curves])
         screen.trainer = health.trainer = trainer
         _silence(trainer)

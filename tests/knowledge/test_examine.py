@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from emergency_kit.data.format import Answer, render_answer
 from emergency_kit.errors import DataError
 from emergency_kit.evaluation.twins import build_twins, is_right
-from emergency_kit.knowledge.cards import Card, load_cards
+from emergency_kit.knowledge.cards import Card, load_cards, normalise
 from emergency_kit.knowledge.matching import compile_pattern
-from emergency_kit.knowledge.patterns import card_patterns, load_patterns
+from emergency_kit.knowledge import patterns
+from emergency_kit.knowledge.patterns import card_patterns, load_chance, load_patterns
 from emergency_kit.knowledge.rules import examine
 
 CARDS = load_cards()
@@ -27,6 +29,40 @@ def stance(text: str, card: Card = PAN, number: int = 1) -> str:
 
 def given_action(text: str, card: Card, number: int, **how: object) -> bool:
     return examine(text, [card], **how).actions[number - 1].given
+
+
+def test_lines_that_patterns_find_by_chance_are_other_cards_lines_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each stands on another card, and is found without the list: an entry that a changed card or pattern has made idle must go."""
+    chance = load_chance()
+    lines = {card.id: [line for action in card.critical_actions for line in (action.text, action.instead) if line] for card in CARDS.values()}
+    monkeypatch.setattr("emergency_kit.knowledge.rules.load_chance", dict)
+    idle = []
+    for (card_id, rule), kept in chance.items():
+        others = {normalise(line): line for owner, own in lines.items() if owner != card_id for line in own}
+        assert kept <= set(others), f"{card_id}: {rule}: {kept - set(others)}"
+        idle += [(card_id, rule, line) for line in kept
+                 if not any(found.rule == rule and found.stance == "affirmed" for found in examine(f"GUIDANCE\n1. {others[line]}", [CARDS[card_id]]).rules)]
+    assert not idle
+
+
+def test_a_line_found_by_chance_breaks_no_rule_and_a_real_one_does() -> None:
+    burn, crash = CARDS["chemical_burn"], CARDS["road_crash"]
+
+    def broken(line: str, card: Card) -> bool:
+        return any(found.stance == "affirmed" for found in examine(f"GUIDANCE\n1. {line}", [card]).rules)
+
+    assert not broken("Use bottled water for drinking, baby milk, cooking and brushing teeth.", burn)
+    assert broken("Use bottled water for drinking and some vinegar to neutralise it.", burn)
+    assert broken("Get everyone out of the vehicle at once.", crash)
+
+
+def test_a_damaged_list_of_chance_lines_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patterns, "CHANCE_FILE", tmp_path / "chance.yaml")
+    (tmp_path / "chance.yaml").write_text("road_crash: [1]")
+    load_chance.cache_clear()
+    with pytest.raises(DataError, match=r"chance\.yaml: cannot be read"):
+        load_chance()
+    load_chance.cache_clear()
 
 
 @pytest.mark.parametrize("text", (

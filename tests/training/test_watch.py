@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.tokenize import TokenRows
 from emergency_kit.errors import TrainingError
-from emergency_kit.training import callbacks, curves, first_try
+from emergency_kit.model.shape import load_shape
+from emergency_kit.training import callbacks, curves, first_try, prediction, workload
 from emergency_kit.training.batches import StepSampler
 from emergency_kit.training.health import HealthCallback, foresee
 from emergency_kit.training.run import train
@@ -47,6 +48,7 @@ def run(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(shown):
         patch.setenv("TTY_COMPATIBLE", "1")
         patch.setenv("COLUMNS", "140")
+        patch.setattr(first_try, "PLENTY", math.inf)
         train(resolve(tiny, out, *(["training.report_to=[tensorboard]"] if TENSORBOARD else [])))
     return out, shown.getvalue()
 
@@ -104,14 +106,27 @@ def test_the_page_in_a_real_browser(run: tuple[Path, str], browser: Any) -> None
     page.close()
 
 
-def test_trying_the_longest_rows_changes_no_bit(run: tuple[Path, str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trying_the_longest_rows_changes_no_bit_and_is_spared_where_memory_is_plenty(run: tuple[Path, str], tiny: Path, tmp_path: Path) -> None:
     assert re.search(r"The longest rows fit: [\d,]+ tokens in training, [\d,]+ in evaluation", (run[0] / "logs" / "training.log").read_text())
-    monkeypatch.setattr(first_try, "try_longest", lambda trainer, load: None)
     train(resolve(tiny, beside(run, tmp_path)))
+    log = (tmp_path / "logs" / "training.log").read_text()
+    assert re.search(r"Memory: \d\.\d\d GB foreseen, [\d.]+ GB are free; the longest rows need no trial", log) and "The longest rows fit" not in log
     tried, untried = (load_file(out / "checkpoints" / "final" / "adapter_model.safetensors") for out in (run[0], tmp_path))
     assert all(torch.equal(tried[name], untried[name]) for name in tried)
     tried, untried = (json.loads((out / "checkpoints" / "final" / "training_state.json").read_text()) for out in (run[0], tmp_path))
     assert all(tried[key] == untried[key] for key in ("loss_history", "validation_history", "tokens_seen", "tokens_computed", "supervised_tokens_seen"))
+
+
+def test_a_machine_whose_memory_is_scarce_tries_them(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice what is foreseen must be free; several processes of one machine share it."""
+    resolved = resolve(tiny, tmp_path)
+    load = workload.assumed(resolved, True, False, 4)
+    peak, _ = prediction.foresee_memory(resolved, load_shape(resolved.config.model), load.work)
+    monkeypatch.setattr(prediction, "_available_bytes", lambda: 2.2 * peak)
+    assert first_try.is_plenty(resolved, load, 1) and not first_try.is_plenty(resolved, load, 2)
+    monkeypatch.setattr(prediction, "_available_bytes", lambda: 1.9 * peak)
+    assert not first_try.is_plenty(resolved, load, 1)
+    assert not first_try.is_plenty(resolve(tiny, tmp_path, "training.engine=modules"), load, 1)
 
 
 def test_layers_kept_as_memory_allows_change_no_bit(run: tuple[Path, str], tiny: Path, tmp_path: Path) -> None:
@@ -138,6 +153,7 @@ def test_memory_that_runs_out_later_ends_the_keeping_first(run: tuple[Path, str]
 
 
 def test_memory_that_does_not_suffice_shows_before_step_one(run: tuple[Path, str], tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_try, "PLENTY", math.inf)
     real = KitTrainer._step_in_pieces
 
     def tight(self: KitTrainer, model: object, inputs: dict[str, torch.Tensor], number: object) -> torch.Tensor:

@@ -22,8 +22,8 @@ const get = async (path) => {
 export const settings = () => once("settings", async () => (await get("kit.json")).json());
 export const knowledge = () => once("knowledge", async () => (await get("cards.json")).json());
 export const retriever = () => once("retriever", async () => {
-  const [{ retrieval }, features, numbers] = await Promise.all([settings(), get("retrieval/features.txt").then((file) => file.text()), get("retrieval/numbers.f32").then((file) => file.arrayBuffer())]);
-  return new Retriever(retrieval, features.split("\n"), new Float32Array(numbers));
+  const [{ retrieval }, features, numbers] = await Promise.all([settings(), get("retrieval/features.txt").then((file) => file.text()), get("retrieval/numbers.bin").then((file) => file.arrayBuffer())]);
+  return new Retriever(retrieval, features.split("\n"), numbers);
 });
 // Told of what happens to the model: "loading" with a share, "ready" with how it runs, "failed" with why.
 export const watchers = new Set();

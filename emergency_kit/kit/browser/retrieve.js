@@ -1,5 +1,5 @@
 // Finds the cards that fit a report, as knowledge/retrieve.py and knowledge/index.py do, from the numbers that they were fitted to.
-// In: kit.json's `retrieval`, features.txt (a name a line), numbers.f32 (idf, then weights by row). Out: {ids, fits, unsure, ranked}.
+// In: kit.json's `retrieval`, features.txt (a name a line), numbers.bin (idf in float32, then weights by row in float16). Out: {ids, fits, unsure, ranked}.
 
 const QUOTES = { "‘": "'", "’": "'", "‛": "'", "ʼ": "'", "“": '"', "”": '"', "„": '"' };
 // As in knowledge/cards.py: inside a number a point stays, inside a word an apostrophe.
@@ -18,15 +18,22 @@ function stem(word) {
   return word;
 }
 
+// What the 16 bits of a float16 stand for; not every browser has Float16Array.
+const HALVES = Float32Array.from({ length: 65536 }, (_, bits) => {
+  const exponent = (bits >> 10) & 31, fraction = bits & 1023;
+  const size = exponent === 0 ? fraction * 2 ** -24 : exponent === 31 ? (fraction ? NaN : Infinity) : (1 + fraction / 1024) * 2 ** (exponent - 15);
+  return bits & 0x8000 ? -size : size;
+});
+
 export class Retriever {
   constructor(settings, features, numbers) {
     this.settings = settings;
     this.places = new Map(features.map((name, place) => [name, place]));
     this.columns = settings.card_ids.length + 2;
-    this.idf = numbers.subarray(0, features.length);
-    this.weights = numbers.subarray(features.length);
+    this.idf = new Float32Array(numbers, 0, features.length);
+    this.weights = new Uint16Array(numbers, 4 * features.length);
     this.stopwords = new Set(settings.stopwords);
-    if (this.weights.length !== features.length * this.columns) throw new Error("numbers.f32 does not fit features.txt");
+    if (this.weights.length !== features.length * this.columns) throw new Error("numbers.bin does not fit features.txt");
   }
 
   find(report) {
@@ -65,7 +72,7 @@ export class Retriever {
     const length = Math.sqrt(values.reduce((sum, [, value]) => sum + value * value, 0));
     const scores = new Float64Array(this.columns);
     for (const [place, value] of values) {
-      for (let column = 0; column < this.columns; column++) scores[column] += (value / length) * this.weights[place * this.columns + column];
+      for (let column = 0; column < this.columns; column++) scores[column] += (value / length) * HALVES[this.weights[place * this.columns + column]];
     }
     return scores;
   }
