@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "export": {"certificate_strings": 20, "certificate_answer_tokens": 40, "certificate_prompts": 1, "certificate_max_new_tokens": 16}}}
 # What a page shows in the large, as it is run here.
 SMALLER = {"checkpoint-20": "checkpoint-2", "--max-steps 30": "--max-steps 2", "max_samples=200": "max_samples=4", "--max-samples 100": "--max-samples 2",
-           "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
+           "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "outputs/a outputs/b": "outputs outputs/experiment1", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
 # Commands (the beginning of a line) that are not run, and why.
 NOT_RUN = {
     "make test": "the whole suite, an hour",
@@ -40,7 +40,7 @@ NOT_RUN = {
     "emergency-kit evaluate --ai": "a judge that listens; tests/evaluation/test_judge.py has one",
     "emergency-kit evaluate --checkpoint http": "a server that listens; tests/evaluation/test_endpoint.py has one",
     "emergency-kit evaluate --red-team": "an hour; tests/evaluation does each part on a tiny model",
-    "make upload-": "the Hub, and rights there; tests/export/test_hub.py has a stand-in for its server",
+    "make upload-": "the Hub, and rights there; tests/export/test_hub.py has a stand-in for its server", "emergency-kit upload-": "likewise",
     "python scripts/export_gguf.py -q q4_k_m --push-to-hub": "the Hub, and rights there",
     "emergency-kit train --set dataset.name='s3": "a bucket; tests/data/test_stream.py streams from files",
     "torchrun": "several GPUs, or four whole models in memory; make prove-ranks runs it on a tiny one",
@@ -63,7 +63,7 @@ NEEDED = [
 # What is in a command's way, or would make it another command: a finished model, another run's checkpoints, a verdict on a model that is trained for a test.
 CLEARED = [
     (r"--resume-from", "outputs/checkpoints/final"),
-    (r"^(?:make train|make pipeline|python scripts/train\.py(?!.*(?:--resume-from|--output-dir))|emergency-kit train --model-name)", "outputs/checkpoints/{final,crisis_agent_v2,preferred,checkpoint-*}"),
+    (r"^(?:make train|make pipeline|python scripts/train\.py(?!.*(?:--resume-from|--output-dir))|emergency-kit train --(?:model-name|set training))", "outputs/checkpoints/{final,crisis_agent_v2,preferred,checkpoint-*}"),
     (r"train\.py.*--output-dir", "outputs/experiment*"), (r"sweep", "outputs/sweep"), (r"^make merge|merge_lora", "outputs/merged"),
     (r"make export|export_gguf", "outputs/verdict.json"), (r"make export-(?:gguf|ollama|lmstudio)|export_gguf\.py.*--checkpoint", "outputs/gguf")]
 NOT_TO_SHIP = 7

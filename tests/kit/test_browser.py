@@ -20,8 +20,9 @@ from rapidfuzz import fuzz
 
 from emergency_kit.data.format import SYSTEM_PROMPT, build_messages, locate_lines, shown_cards
 from emergency_kit.inference.engines import repeats_itself
+from emergency_kit.inference.guard import guard
 from emergency_kit.knowledge.cards import load_cards, normalise
-from emergency_kit.knowledge.emergency_numbers import load_numbers
+from emergency_kit.knowledge.emergency_numbers import find_country, load_numbers, localise
 from emergency_kit.knowledge.retrieve import Retriever
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; make test installs it")
@@ -199,6 +200,26 @@ GUIDANCE
     actions = [action.text for action in load_cards()["kitchen_grease_fire"].critical_actions]
     added = [step["text"] for step in held["added"]]
     assert held["four"] and len(added) == len(actions) - 2 and added[-1] == "Call 999 or 112 from outside."
+
+
+def test_what_a_better_fitting_card_forbids_is_struck_and_not_added_as_in_python(page):
+    """The same actions, by the same rule, as the server's guard strikes, whichever card fits better."""
+    library = load_cards()
+    pairs = [("stroke", "heart_attack"), ("heart_attack", "stroke"), ("snake_bite", "severe_bleeding"), ("swallowed_poison", "power_cut"), ("flood", "gas_leak")]
+    held = page.evaluate("""async (pairs) => { const [{ holdToCards }, { prepare, settings }] = [await import('./hold.js'), await import('./model.js')];
+      const { broken_by } = await settings();
+      return Promise.all(pairs.map(async (ids) => { const { found } = await prepare('help', 'GB', ids); const text = 'GUIDANCE\\n' + found.cards[1].critical_actions.map((action, place) => `${place + 1}. ${action.text}`).join('\\n');
+        return holdToCards(text, found.cards, broken_by, true); })); }""", pairs)
+    some = 0
+    for ids, found in zip(pairs, held):
+        cards = [library[card_id] for card_id in ids]
+        lines = [localise(action.text, find_country("GB"), cards[1].service) for action in cards[1].critical_actions]
+        text = "GUIDANCE\n" + "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
+        overruled = {line.text: line.breaks for line in guard(text, cards, "GB", fits=2).lines if line.breaks and line.card_id == ids[0]}
+        assert {line["text"]: line["struck"]["rule"] for line in found["lines"] if line["struck"]} == overruled
+        assert not set(overruled) & {step["text"] for step in found["added"]}
+        some += len(overruled)
+    assert some >= 2
 
 
 def test_from_a_plain_server_then_in_flight_mode(browser, folder, tmp_path):

@@ -9,6 +9,7 @@ const BULLET = /^[ \t]*(?:[•*\-–]|\d{1,3}[.)])[ \t]+(\S.*?)[ \t]*$/;
 const SECTIONS = ["facts", "uncertainties", "analysis", "guidance"];
 const SLIP_RATIO = 80; // as in inference/guard.py
 const WARNS = /\b(?:not|never|don't|avoid|without|no|stop|instead)\b/;
+const BEFORE_ADVICE = /\b(?:do not|don't|dont|never|avoid|without|instead of|rather than|not to|no)\b/; // as in knowledge/rules.py
 const OFF_CARD = "Guidance comes from the card that fits; this line does not stand there.";
 
 // {lines: [{section, text}], four: whether the four sections stand there, in order, none empty}
@@ -43,10 +44,22 @@ export function ratio(first, second) {
   return a.length + b.length ? (200 * row[b.length]) / (a.length + b.length) : 100;
 }
 
+const actionLines = (card) => card.critical_actions.flatMap((action) => [action.text, action.instead].filter(Boolean));
+
+// The rule of a better fitting card that forbids an action in its own words (aspirin, beside a stroke), as inference/guard.py finds it.
+function findOverruling(text, rank, cards, broken) {
+  const plain = ` ${normalise(text)} `;
+  const advises = (phrase) => plain.includes(` ${phrase} `) && !BEFORE_ADVICE.test(plain.slice(0, plain.indexOf(` ${phrase} `)));
+  return cards.slice(0, rank).flatMap((card) => (broken[card.id] ?? []).map(([rule, phrases]) => ({ card_id: card.id, rule, phrases })))
+    .find(({ phrases }) => phrases.some(advises));
+}
+
 // cards: localised, those that fit; broken: {card id: [[rule, phrases]]}. Returns {lines, added} as the server sends them.
 export function holdToCards(text, cards, broken, whole) {
   const { lines, four } = readLines(text);
-  const own = cards.flatMap((card) => [...card.critical_actions.flatMap((action) => [action.text, action.instead].filter(Boolean)), ...card.never].map((line) => ({ id: card.id, line, plain: normalise(line) })));
+  const own = cards.flatMap((card) => [...actionLines(card), ...card.never].map((line) => ({ id: card.id, line, plain: normalise(line) })));
+  const overruled = new Map();
+  cards.forEach((card, rank) => actionLines(card).forEach((line) => { const found = findOverruling(line, rank, cards, broken); if (found) overruled.set(line, { card_id: found.card_id, rule: found.rule }); }));
   const given = new Set();
   const held = lines.map((line) => {
     const plain = normalise(line.text);
@@ -54,13 +67,14 @@ export function holdToCards(text, cards, broken, whole) {
     if (line.section === "guidance") {
       const near = own.map((other) => ({ ...other, like: ratio(plain, other.plain) })).sort((a, b) => b.like - a.like)[0];
       if (!near || near.like < SLIP_RATIO) return { ...sent, struck: { card_id: null, rule: OFF_CARD } };
+      if (overruled.has(near.line)) return { ...sent, struck: overruled.get(near.line) };
       given.add(near.line);
       return near.plain === plain ? sent : { ...sent, from_card: { card_id: near.id, text: near.line } };
     }
     const rule = cards.flatMap((card) => (broken[card.id] ?? []).map(([text, phrases]) => ({ id: card.id, text, phrases }))).find(({ phrases }) => phrases.some((phrase) => ` ${plain} `.includes(` ${phrase} `)));
     return rule && !WARNS.test(plain) ? { ...sent, struck: { card_id: rule.id, rule: rule.text } } : sent;
   });
-  const missing = (card) => card.critical_actions.filter((action) => !given.has(action.text) && !given.has(action.instead))
+  const missing = (card) => card.critical_actions.filter((action) => !given.has(action.text) && !given.has(action.instead) && !overruled.has(action.text))
     .map((action) => ({ card_id: card.id, text: action.text, needs: action.needs, instead: action.instead }));
   return { lines: held, added: whole ? cards.flatMap(missing) : [], four };
 }
