@@ -121,20 +121,42 @@ def test_a_killed_stream_goes_on_to_the_same_losses(engine: str, tiny: Path, tmp
         train(load_config("embedded", settings=[*settings, "dataset.shuffle_window=6"]), resume_from=tmp_path / "out" / "checkpoints" / "checkpoint-9", overwrite=True)
 
 
+@pytest.fixture(scope="module")
+def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 rows in four files as long, so that there are four lanes, which end one after the other."""
+    return write(tmp_path_factory.mktemp("dealt"), 11, 8, 10, 8, even=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, dealt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(load_config("embedded", settings=flags(tiny, dealt, out)))
+    return out
+
+
+def test_ranks_that_read_different_files_train_what_one_does(tiny: Path, dealt: Path, undisturbed: Path, tmp_path: Path) -> None:
+    launcher = start(PROCESSES, *flags(tiny, dealt, tmp_path))
+    wait_for(launcher, f"Stream: 4 files in 4 lanes; each of {PROCESSES} processes reads 1/{PROCESSES} of them")
+    _, errors = launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, errors
+    assert_alike(undisturbed, tmp_path)
+
+
 @pytest.mark.skipif(not MORE, reason="in make prove-ranks")
-def test_a_stream_killed_among_four_is_gone_on_with_by_two_and_by_one(tiny: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", 17, 20)
-    train(load_config("embedded", settings=flags(tiny, data, tmp_path / "alone")))
-    settings = flags(tiny, data, tmp_path / "out")
-    launcher = start(PROCESSES, *settings)
-    wait_for(launcher, "Step 5/11")
-    os.kill(ranks_of(launcher)[2], signal.SIGKILL)
-    launcher.communicate(timeout=60)
-    assert launcher.returncode == 128 + 9 and not (tmp_path / "out" / "checkpoints" / "final").exists()
-    launcher = start(2, *settings)
-    wait_for(launcher, "Step 8/11")
-    launcher.send_signal(signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=120)
-    assert launcher.returncode in (0, 130), errors
-    train(load_config("embedded", settings=settings))
-    assert_alike(tmp_path / "alone", tmp_path / "out")
+@pytest.mark.parametrize("killed, numbers", [(True, (4, 2, 1)), (False, (2, 1, 4))])
+def test_a_stream_ended_among_some_is_gone_on_with_by_others(killed: bool, numbers: tuple[int, int, int], tiny: Path, dealt: Path, undisturbed: Path, tmp_path: Path) -> None:
+    settings = flags(tiny, dealt, tmp_path)
+    for number, text in zip(numbers, ("Step 5/11", "Step 8/11", "Step 11/11")):
+        launcher = start(number, *settings)
+        wait_for(launcher, text)
+        if killed and number == numbers[0]:
+            os.kill(ranks_of(launcher)[2], signal.SIGKILL)
+            launcher.communicate(timeout=60)
+            assert launcher.returncode == 128 + 9 and not (tmp_path / "checkpoints" / "final").exists()
+            continue
+        if number != numbers[-1]:
+            launcher.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=120)
+        assert launcher.returncode == (0 if number == numbers[-1] else 130), errors
+    assert_alike(undisturbed, tmp_path)
