@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -20,6 +21,7 @@ from emergency_kit.errors import UsageError
 from emergency_kit.training.batches import RankBatches, RowDataset, StepSampler, StreamBatches, collate
 from emergency_kit.training.run import train
 from tests.data.test_stream import write
+from tests.training.test_fsdp import accelerate
 from tests.training.test_ranks import MORE, PROCESSES, assert_alike, ranks_of, start, wait_for
 
 # Bounds and prompt of a row in memory, its place in the shuffle, and its length.
@@ -159,4 +161,22 @@ def test_a_stream_ended_among_some_is_gone_on_with_by_others(killed: bool, numbe
             launcher.send_signal(signal.SIGTERM)
         _, errors = launcher.communicate(timeout=120)
         assert launcher.returncode == (0 if number == numbers[-1] else 130), errors
+    assert_alike(undisturbed, tmp_path)
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_a_rank_that_cannot_read_its_file_ends_all(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", 11, 8, 10, 8, even=True)
+    size = (data / "train-01.jsonl").stat().st_size
+    (data / "train-01.jsonl").write_bytes(b"\xff\xfe" * (size // 2) + b"\n" * (size % 2))
+    launcher = start(2, *flags(tiny, data, tmp_path / "out"))
+    _, errors = launcher.communicate(timeout=120)
+    assert launcher.returncode == 3 and re.search(r"^error: rank 1 of 2: .*train-01.jsonl: UTF-16", errors, re.M) and "Traceback" not in errors, errors
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_ranks_of_a_divided_model_read_different_files(tiny: Path, dealt: Path, undisturbed: Path, tmp_path: Path) -> None:
+    launcher = accelerate(2, *flags(tiny, dealt, tmp_path))
+    _, errors = launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, errors
     assert_alike(undisturbed, tmp_path)
