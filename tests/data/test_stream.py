@@ -65,9 +65,10 @@ def told(record: Any) -> str | None:
 
 def read_by(processes: int, places: range, make: Callable[[int], StreamRows]) -> tuple[list[str | None], list[StreamRows], HashStore]:
     """What so many threads find at these places, each at those of its rank; all come as far, as in a step."""
-    store, found = HashStore(), {}
+    store, found, all_here = HashStore(), {}, threading.Barrier(processes)
 
     def read(rank: int) -> StreamRows:
+        all_here.wait(20)  # a thread each
         rows = make(rank)
         rows.exchange = Ledger(store, rank, processes, 20)
         for place in range(places.start, -(-places.stop // processes) * processes):
@@ -80,7 +81,7 @@ def read_by(processes: int, places: range, make: Callable[[int], StreamRows]) ->
     return [found[place] for place in places], ranks, store
 
 
-@given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.booleans(), st.integers(1, 12), st.integers(0, 3), st.data())
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=9).filter(any), st.booleans(), st.integers(1, 12), st.integers(0, 40), st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True,
           phases=[Phase.explicit, Phase.generate])  # to make an example smaller would wait for ranks again and again
 def test_each_epoch_has_every_row_once_and_any_place_is_gone_on_from(tmp_path_factory: Any, tokenizer: Any, sizes: list[int], even: bool, window: int, broken: int, data: Any) -> None:
@@ -108,6 +109,29 @@ def test_each_epoch_has_every_row_once_and_any_place_is_gone_on_from(tmp_path_fa
     rest = open_rows(resolved, tokenizer, again, step_rows=step_rows)
     assert [told(rest.record(place)) for place in range(stop, total)] == order[stop:], "one that is stopped again at once goes on likewise"
     assert told(after.record(0)) == order[0], "and from the beginning, where it must"
+
+
+def test_each_lane_goes_on_from_where_it_was(tmp_path: Path, tokenizer: Any) -> None:
+    """Lines that are rejected move some lanes further than others."""
+    folder = write(tmp_path, *[12] * 4)
+    for place in range(4):
+        path = folder / f"train-{place:02}.jsonl"
+        lines = path.read_text().splitlines(keepends=True)
+        path.write_text("".join([*lines[:3], *["{\n"] * place, *lines[3:]]).ljust(1500, "\n"))
+    resolved = streamed(folder, "dataset.shuffle_window=16")
+    whole = open_rows(resolved, tokenizer)
+    order = [told(whole.record(place)) for place in range(48)]
+    _, ranks, _ = read_by(2, range(20), lambda rank: open_rows(resolved, tokenizer, None, rank, 2))
+    state = ranks[0].state_at(20)
+    assert [lane["examples_iterable"]["shard_example_idx"] for lane in state["states"]] == [4, 5, 6, 7] and state["position"] == 16
+    assert read_by(4, range(20, 48), lambda rank: open_rows(resolved, tokenizer, state, rank, 4))[0] == order[20:]
+
+
+def test_a_step_of_many_windows_is_gone_on_from_where_it_begins(tmp_path: Path, tokenizer: Any) -> None:
+    rows = open_rows(streamed(write(tmp_path, 7, 30), "dataset.shuffle_window=2"), tokenizer)
+    for start in (0, 8, 16):  # the last is read ahead of the step that is saved
+        rows.__getitems__(range(start, start + 8))
+    assert [rows.state_at(position)["position"] for position in (16, 17, 20)] == [16, 16, 20] and len(rows.marks) <= 5
 
 
 class Counted(MemoryFileSystem):
