@@ -68,9 +68,10 @@ class DatasetConfig(Section):
     """Most knowledge cards in one prompt."""
     streaming: bool = False
     """Read, format and tokenise the training rows as they come instead of beforehand: for more of them than the disk should hold. Needs
-    `training.max_steps` and a validation split, which is prepared as ever. A resumed run reads on where it was."""
+    `training.max_steps` and a validation split, which is prepared as ever. A resumed run reads on where it was. Of several processes each reads its own files, where
+    these are of like size and as many, or more."""
     shuffle_window: int = Field(default=1000, ge=1)
-    """Under `streaming`: rows that are held at a time and drawn in an order of their own, by `training.seed`; 1 keeps the source's order."""
+    """Under `streaming`: rows that are held at a time and drawn in an order of their own, by `training.seed`; 1 takes them as they come, of several files in turn."""
     max_samples: Optional[int] = Field(default=None, ge=1)
     """Most training records, drawn by seed after shuffling, the categories in turn; all when empty."""
     max_eval_samples: Optional[int] = Field(default=None, ge=1)

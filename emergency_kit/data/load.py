@@ -92,9 +92,9 @@ class Split:
         self.rejected.clear()
         yield from self.records(chain(head, rows), quiet)
 
-    def look(self) -> None:
-        """Raise DataError where the first rows have no known form."""
-        self._look_at(list(islice(self.source.rows(self.source_split), LOOK_AHEAD)))
+    def look(self, rows: Iterable[Row]) -> None:
+        """Raise DataError where the first of these rows have no known form."""
+        self._look_at(list(islice(rows, LOOK_AHEAD)))
 
     def records(self, rows: Iterable[Row], quiet: bool = False) -> Iterator[Record]:
         """Records of these rows, one after the other; `rejected` counts on."""

@@ -11,19 +11,21 @@ import glob
 import os
 import re
 from pathlib import Path, PurePath
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator, TypeVar
 
 import numpy as np
 
 from emergency_kit.artifacts import hash_file, hash_json
 from emergency_kit.config import DatasetConfig
 from emergency_kit.data.formats import READERS, File, Row, format_of, read_file
+from emergency_kit.data.lanes import Lanes, deal, deal_shards
 from emergency_kit.data.remote import Remote, failures, find_remote, is_remote
 from emergency_kit.errors import DataError
 
 _OTHER_NAMES = {"validation": ("valid", "val", "dev"), "train": ("training",)}
 # Category and near-duplicate group of each record of a split, once they have been worked out.
 Measured = dict[str, tuple[np.ndarray, np.ndarray | None]]
+T = TypeVar("T")
 _NOT_DATA = ("manifest.json", "dataset_info.json", "state.json", "dataset_dict.json")
 
 
@@ -41,6 +43,7 @@ class Files:
         self._files = {split: found for split, found in files.items() if found}
         # With splits named beside it, a file of no split (notes, a rejected list) is not data.
         self.ignored = [path for path in paths if not named[path]]
+        self._streamed = dataset.train_split if dataset.streaming else None
         self.groups: Measured = {}
 
     def splits(self) -> list[str]:
@@ -63,16 +66,31 @@ class Files:
         for path in self.files(split):
             yield from read_file(path)
 
-    def stream(self, split: str) -> Any:
-        """The rows as a `datasets.IterableDataset`, whose state can be kept; a shard a file."""
+    def lanes(self, split: str, most: int) -> Lanes:
+        """A split's files dealt evenly by their bytes into lanes, `most` at most. Raises DataError where a size cannot be asked for."""
+        return deal(self._ask(split, lambda path: path.size_bytes() if isinstance(path, Remote) else path.stat().st_size), most)
+
+    def stream(self, split: str, lanes: Lanes, lane: int) -> Any:
+        """The rows of one of a split's lanes as a `datasets.IterableDataset`, whose state can be kept; a shard a file."""
         from datasets import IterableDataset
 
-        return IterableDataset.from_generator(_read_all, gen_kwargs={"files": self.files(split)})
+        files = self.files(split)
+        return IterableDataset.from_generator(_read_all, gen_kwargs={"files": [files[place] for place in lanes.parts[lane]]})
 
     def digest(self, split: str) -> str:
-        """sha256 over the bytes of a split's files, whatever they are called; of remote ones over what their server says of them."""
+        """sha256 over the bytes of a split's files, whatever they are called; of remote ones over what their server says of them, and of
+        those that are streamed, which are not read for it, over their sizes and times of change."""
+        def content(path: File) -> str:
+            if isinstance(path, Remote):
+                return path.digest()
+            return hash_json([path.stat().st_size, path.stat().st_mtime_ns]) if split == self._streamed else hash_file(path)
+
+        return hash_json(self._ask(split, lambda path: [format_of(path), content(path)]))
+
+    def _ask(self, split: str, question: Callable[[File], T]) -> list[T]:
+        """The answer for each file of a split."""
         try:
-            return hash_json([[format_of(path), path.digest() if isinstance(path, Remote) else hash_file(path)] for path in self.files(split)])
+            return [question(path) for path in self.files(split)]
         except failures() as error:
             raise DataError(f"dataset {getattr(error, 'filename', None) or self.name}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
 
@@ -142,10 +160,16 @@ class Hub:
         """The dataset's and the split's name."""
         return f"{self.name} ({self._actual[split]})"
 
-    def stream(self, split: str) -> Any:
-        """The rows as a `datasets.IterableDataset`, whose state can be kept."""
-        return self._split(split).map(lambda value, number: {"place": f"{self.name}/{split}:{number + 1}", "value": value, "problem": ""}, with_indices=True,
-                                      remove_columns=self._split(split).column_names)
+    def lanes(self, split: str, most: int) -> Lanes:
+        """A split's shards, as `datasets` counts them, dealt evenly by number into lanes, `most` at most."""
+        return deal_shards(self._split(split).num_shards, most)
+
+    def stream(self, split: str, lanes: Lanes, lane: int) -> Any:
+        """The rows of one of a split's lanes as a `datasets.IterableDataset`, whose state can be kept."""
+        data, where = self._split(split), f"{self.name}/{split}"
+        if len(lanes) > 1:
+            data, where = data.shard(len(lanes), lane, contiguous=False), f"{where}, lane {lane} of {len(lanes)}"
+        return data.map(lambda value, number: {"place": f"{where}:{number + 1}", "value": value, "problem": ""}, with_indices=True, remove_columns=self._split(split).column_names)
 
     def digest(self, split: str) -> str:
         """Fingerprint that the `datasets` library keeps of a split's content; of a streamed one its commit."""

@@ -16,7 +16,7 @@ from emergency_kit.errors import TrainingError
 
 T = TypeVar("T")
 # What torch's libraries say when the other end of a connection is gone or silent.
-LOST = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "timed out", "broken pipe", "tcpstore")
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "timed out", "broken pipe", "tcpstore", "remote server")
 _control: Any = None
 
 
@@ -72,6 +72,21 @@ def join(device: str, timeout_seconds: float) -> None:
     except (RuntimeError, ValueError) as error:
         raise TrainingError(f"ranks: rank {rank()} of {world()} cannot join the others at {os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')} "
                             f"({str(error).splitlines()[0]}); look whether all were started, with one address, and whether a firewall is between them") from None
+
+
+def open_store(timeout_seconds: float) -> Any:
+    """A key-value store (torch's TCPStore) in rank 0's process, which all ranks must open together: the group's own is torch's to use. Raises TrainingError
+    where rank 0 is not reached."""
+    from torch.distributed import TCPStore
+
+    host, timeout = os.environ.get("MASTER_ADDR", "127.0.0.1"), timedelta(seconds=timeout_seconds)
+    store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout) if is_first() else None
+    port = shared(store.port if store else 0)
+    try:
+        return store or TCPStore(host, port, is_master=False, timeout=timeout)
+    except RuntimeError as error:
+        raise TrainingError(f"ranks: rank {rank()} of {world()} does not reach rank 0 at {host}:{port} ({str(error).splitlines()[0]}); "
+                            "look whether a firewall is between them, which must let through any port, as gloo and NCCL need it, too") from None
 
 
 def wait(moment: str, timeout_seconds: float) -> None:

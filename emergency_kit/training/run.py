@@ -122,7 +122,8 @@ def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, acce
     rows = {name: load_pairs(split, tokenizer, resolved, name) if resolved.config.training.method == "dpo" else load_rows(split, tokenizer, resolved)
             for name, split in splits.items() if not streaming or name != "train"}
     if streaming:
-        rows["train"] = StreamRows(splits["train"], tokenizer, resolved, resolved.config.training.max_steps * step_rows(resolved.config.training) * ranks.world(), start.state.get("stream"))
+        rows["train"] = StreamRows(splits["train"], tokenizer, resolved, step_rows(resolved.config.training) * ranks.world(), start.state.get("stream"), ranks.rank(), ranks.world())
+        console.print(rows["train"].describe())
     plan = plan_steps(resolved, len(rows["train"]))
     check_schedule(resolved.config, plan["steps"])
     config, kind = resolved.config.training, "pairs" if resolved.config.training.method == "dpo" else "records"
@@ -131,10 +132,11 @@ def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, acce
                   f"{plan['steps']} steps" + ("" if streaming else f" over {plan['epochs']:g} epochs"))
     for warning in foresee(resolved.config.training, plan["steps"]) if record else ():  # a dry run's plan says them, too
         console.print(f"Warning: {warning}")
-    identity = resume.build_identity(resolved, rows, tokenizer, plan)
+    # The first alone compares and writes it, and asks for the size and time of every file of a stream.
+    identity = resume.build_identity(resolved, rows, tokenizer, plan) if ranks.is_first() else {}
     if start.checkpoint:
         resume.check_same(start, resolved, identity, plan["steps"], accept_changes, console.print)
-    return _Run(resolved, rows, _data_hash(splits), plan, start, identity, record, console)
+    return _Run(resolved, rows, _data_hash(splits) if ranks.is_first() else "", plan, start, identity, record, console)
 
 
 def _data_hash(splits: dict[str, Split]) -> str:
@@ -204,6 +206,7 @@ def _train(run: _Run, stop: Stop) -> Path:
     from emergency_kit.training.curves import CurvesCallback
     from emergency_kit.training.first_try import is_plenty, try_longest
     from emergency_kit.training.health import HealthCallback
+    from emergency_kit.training.ledger import open_ledger
     from emergency_kit.training.preference import PairDataset
     from emergency_kit.training.resumed import RunEnded
     from emergency_kit.training.trainer import KitTrainer
@@ -244,6 +247,8 @@ def _train(run: _Run, stop: Stop) -> Path:
     screen, health = callbacks.ConsoleCallback(run.console), HealthCallback(causal_lm_of(loaded.model).config.vocab_size)
     dataset = PairDataset if training.method == "dpo" else RowDataset
     train_dataset = rows["train"] if config.dataset.streaming else dataset(rows["train"])
+    if config.dataset.streaming and rows["train"].shares > 1:
+        rows["train"].exchange = open_ledger(training.rank_timeout_seconds)
     try:
         trainer = KitTrainer(
             model=loaded.model, args=engine.training_arguments(run.resolved, run.final.parent, model, fused is not None, run.plan["steps"], pass_rows,

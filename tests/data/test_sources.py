@@ -151,8 +151,10 @@ def test_sources_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 HUB_FILES = {
     "README.md": "---\nconfigs:\n- config_name: small\n  data_files: [{split: train, path: small.jsonl}]\n"
-                 "- config_name: large\n  data_files: [{split: train, path: large.jsonl}, {split: dev, path: small.jsonl}]\n---\n",
+                 "- config_name: large\n  data_files: [{split: train, path: large.jsonl}, {split: dev, path: small.jsonl}]\n"
+                 "- config_name: many\n  data_files: [{split: train, path: part-*.jsonl}, {split: dev, path: small.jsonl}]\n---\n",
     "small.jsonl": '{"instruction": "What now?", "response": "small"}\n',
+    **{f"part-{part}.jsonl": "".join(f'{{"instruction": "What now?", "input": "{part} {number}", "response": "Leave."}}\n' for number in range(3 + part % 2)) for part in range(4)},
     "large.jsonl": "".join(f'{{"instruction": "What now, number {number}?", "response": "COMMIT"}}\n' for number in range(3)),
 }
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -212,12 +214,16 @@ def hub(tmp_path: Path) -> Iterator[Any]:
     server.server_close()
 
 
-def ask_hub(home: Path, server: Any, name: str, *settings: str, token: str = "hf_right", **environment: str) -> subprocess.CompletedProcess[str]:
-    """Load the training split in a fresh process, as `datasets` reads its environment once; prints the answers."""
-    code = ("import sys; from tests.data.files import resolve; from emergency_kit.data.load import load_split; from emergency_kit.errors import DataError\n"
-            "resolved = resolve(*sys.argv[1:])\n"
-            "try: print('answers', [record.output for record in load_split(resolved, 'train')], [record.output for record in load_split(resolved, 'validation')])\n"
-            "except DataError as error: print('DataError', error)")
+LOAD = """
+import sys; from tests.data.files import resolve; from emergency_kit.data.load import load_split; from emergency_kit.errors import DataError
+resolved = resolve(*sys.argv[1:])
+try: print('answers', [record.output for record in load_split(resolved, 'train')], [record.output for record in load_split(resolved, 'validation')])
+except DataError as error: print('DataError', error)
+"""
+
+
+def ask_hub(home: Path, server: Any, name: str, *settings: str, token: str = "hf_right", code: str = LOAD, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh process, as `datasets` reads its environment once; by itself it loads the training split and prints the answers."""
     clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     return subprocess.run(
         [sys.executable, "-c", code, name, "dataset.config_name=large", f"training.output_dir={home}", *settings], capture_output=True, text=True, timeout=120,
@@ -262,6 +268,32 @@ def test_a_private_hub_dataset_is_streamed(tmp_path: Path, hub: Any) -> None:
     done = ask_hub(tmp_path, hub, "me/pans:v2", "dataset.streaming=true")
     assert f"answers {['b' * 40] * 3} ['small']" in done.stdout, done.stdout + done.stderr[-2000:]
     assert not list(tmp_path.rglob("*.arrow")), "nothing is prepared"
+
+
+STREAM = """
+import sys; from tests.data.test_stream import open_rows, read_by, resolve, told
+resolved = resolve(*sys.argv[1:], 'dataset.streaming=true', 'dataset.config_name=many', 'training.max_steps=9', 'dataset.shuffle_window=4')
+rows = open_rows(resolved, None)
+order = [told(rows.record(place)) for place in range(32)]
+print(rows.describe(), sorted(filter(None, order[:16])), [told(open_rows(resolved, None, rows.state_at(18)).record(18))] == order[18:19])
+found, ranks, _ = read_by(2, range(32), lambda rank: open_rows(resolved, None, None, rank, 2))
+print(found == order, read_by(4, range(18, 32), lambda rank: open_rows(resolved, None, ranks[0].state_at(18), rank, 4))[0] == order[18:])
+"""
+ONE_LANE = """
+import sys; from tests.data.test_stream import open_split, resolve
+source = open_split(resolve(*sys.argv[1:], 'dataset.streaming=true', 'dataset.config_name=many'), 'train').source
+print([row['place'] for row in source.stream('train', source.lanes('train', 2), 1)])
+"""
+
+
+def test_a_hub_dataset_of_several_shards_is_divided_among_ranks(tmp_path: Path, hub: Any) -> None:
+    done = ask_hub(tmp_path, hub, "me/pans:v2", code=STREAM)
+    records = sorted(f"{part} {number}" for part in range(4) for number in range(3 + part % 2))
+    assert f"Stream: 4 files in 4 lanes {records} True\n" in done.stdout and "True True\n" in done.stdout, done.stdout + done.stderr[-2000:]
+    hub.asked.clear()
+    done = ask_hub(tmp_path, hub, "me/pans:v2", code=ONE_LANE)
+    assert str([f"me/pans:v2/train, lane 1 of 2:{number}" for number in range(1, 9)]) in done.stdout, done.stdout + done.stderr[-2000:]
+    assert {path.rpartition("/")[2] for path in hub.asked if "/resolve/" in path and "part" in path} == {"part-0.jsonl", "part-1.jsonl", "part-3.jsonl"}, "datasets itself looks at the first; no other is read"
 
 
 # --- addresses -----------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -20,6 +21,7 @@ from emergency_kit.errors import UsageError
 from emergency_kit.training.batches import RankBatches, RowDataset, StepSampler, StreamBatches, collate
 from emergency_kit.training.run import train
 from tests.data.test_stream import write
+from tests.training.test_fsdp import accelerate
 from tests.training.test_ranks import MORE, PROCESSES, assert_alike, ranks_of, start, wait_for
 
 # Bounds and prompt of a row in memory, its place in the shuffle, and its length.
@@ -121,20 +123,60 @@ def test_a_killed_stream_goes_on_to_the_same_losses(engine: str, tiny: Path, tmp
         train(load_config("embedded", settings=[*settings, "dataset.shuffle_window=6"]), resume_from=tmp_path / "out" / "checkpoints" / "checkpoint-9", overwrite=True)
 
 
+@pytest.fixture(scope="module")
+def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """37 rows in four files as long, so that there are four lanes, which end one after the other."""
+    return write(tmp_path_factory.mktemp("dealt"), 11, 8, 10, 8, even=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tiny: Path, dealt: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    train(load_config("embedded", settings=flags(tiny, dealt, out)))
+    return out
+
+
+def test_ranks_that_read_different_files_train_what_one_does(tiny: Path, dealt: Path, undisturbed: Path, tmp_path: Path) -> None:
+    launcher = start(PROCESSES, *flags(tiny, dealt, tmp_path))
+    wait_for(launcher, f"Stream: 4 files in 4 lanes; each of {PROCESSES} processes reads 1/{PROCESSES} of them")
+    _, errors = launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, errors
+    assert_alike(undisturbed, tmp_path)
+
+
 @pytest.mark.skipif(not MORE, reason="in make prove-ranks")
-def test_a_stream_killed_among_four_is_gone_on_with_by_two_and_by_one(tiny: Path, tmp_path: Path) -> None:
-    data = write(tmp_path / "data", 17, 20)
-    train(load_config("embedded", settings=flags(tiny, data, tmp_path / "alone")))
-    settings = flags(tiny, data, tmp_path / "out")
-    launcher = start(PROCESSES, *settings)
-    wait_for(launcher, "Step 5/11")
-    os.kill(ranks_of(launcher)[2], signal.SIGKILL)
-    launcher.communicate(timeout=60)
-    assert launcher.returncode == 128 + 9 and not (tmp_path / "out" / "checkpoints" / "final").exists()
-    launcher = start(2, *settings)
-    wait_for(launcher, "Step 8/11")
-    launcher.send_signal(signal.SIGTERM)
+@pytest.mark.parametrize("killed, numbers", [(True, (4, 2, 1)), (False, (2, 1, 4))])
+def test_a_stream_ended_among_some_is_gone_on_with_by_others(killed: bool, numbers: tuple[int, int, int], tiny: Path, dealt: Path, undisturbed: Path, tmp_path: Path) -> None:
+    settings = flags(tiny, dealt, tmp_path)
+    for number, text in zip(numbers, ("Step 5/11", "Step 8/11", "Step 11/11")):
+        launcher = start(number, *settings)
+        wait_for(launcher, text)
+        if killed and number == numbers[0]:
+            os.kill(ranks_of(launcher)[2], signal.SIGKILL)
+            launcher.communicate(timeout=60)
+            assert launcher.returncode == 128 + 9 and not (tmp_path / "checkpoints" / "final").exists()
+            continue
+        if number != numbers[-1]:
+            launcher.send_signal(signal.SIGTERM)
+        _, errors = launcher.communicate(timeout=120)
+        assert launcher.returncode == (0 if number == numbers[-1] else 130), errors
+    assert_alike(undisturbed, tmp_path)
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_a_rank_that_cannot_read_its_file_ends_all(tiny: Path, tmp_path: Path) -> None:
+    data = write(tmp_path / "data", 11, 8, 10, 8, even=True)
+    size = (data / "train-01.jsonl").stat().st_size
+    (data / "train-01.jsonl").write_bytes(b"\xff\xfe" * (size // 2) + b"\n" * (size % 2))
+    launcher = start(2, *flags(tiny, data, tmp_path / "out"))
     _, errors = launcher.communicate(timeout=120)
-    assert launcher.returncode in (0, 130), errors
-    train(load_config("embedded", settings=settings))
-    assert_alike(tmp_path / "alone", tmp_path / "out")
+    assert launcher.returncode == 3 and re.search(r"^error: rank 1 of 2: .*train-01.jsonl: UTF-16", errors, re.M) and "Traceback" not in errors, errors
+
+
+@pytest.mark.skipif(not MORE, reason="in make prove-ranks")
+def test_ranks_of_a_divided_model_read_different_files(tiny: Path, dealt: Path, undisturbed: Path, tmp_path: Path) -> None:
+    launcher = accelerate(2, *flags(tiny, dealt, tmp_path))
+    _, errors = launcher.communicate(timeout=180)
+    assert launcher.returncode == 0, errors
+    assert_alike(undisturbed, tmp_path)

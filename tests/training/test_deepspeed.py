@@ -22,6 +22,8 @@ from emergency_kit.config import load_config
 from emergency_kit.errors import TrainingError
 from emergency_kit.training import zero
 from emergency_kit.training.run import train
+from tests.data.test_stream import write
+from tests.training.test_data_of_ranks import flags as stream_flags
 from tests.training.test_fsdp import accelerate, stop_on_one_rank
 from tests.training.test_ranks import alone, assert_alike, flags, kill_a_rank, outcome, wait_for
 
@@ -129,6 +131,15 @@ def test_the_best_evaluation_s_adapters_are_the_finished_ones(tiny: Path, tmp_pa
     state, weights = outcome(tmp_path)
     best = load_file(tmp_path / "checkpoints/checkpoint-2/adapter_model.safetensors")
     assert state["summary"]["weights_of_step"] == 2 and all(torch.equal(best[name], weights[name]) for name in best)
+
+
+@with_deepspeed
+def test_ranks_of_a_stream_read_different_files(tiny: Path, tmp_path: Path) -> None:
+    settings = lambda name: stream_flags(tiny, data, tmp_path / name, "training.engine=modules")
+    data = write(tmp_path / "data", 11, 8, 10, 8, even=True)
+    train(load_config("embedded", settings=settings("one")))
+    assert "Stream: 4 files in 4 lanes; each of 2 processes reads 1/2 of them" in ended(deepspeed(2, *settings("two")))
+    assert_alike(tmp_path / "one", tmp_path / "two")
 
 
 def started_by_accelerate(monkeypatch: pytest.MonkeyPatch, **environment: str) -> None:
