@@ -47,6 +47,7 @@ NOT_RUN = {
     "accelerate launch": "several GPUs, or four whole models in memory; make prove-ranks runs it on a tiny one",
     "make train NPROC=4": "four whole models in memory; make prove-ranks runs it on a tiny one",
     "TORCH_INDEX=URL": "an address is to be filled in",
+    "pip install -e": "it would change the environment that this suite runs in; make prove-deepspeed has one of its own",
     "watch -n 1 nvidia-smi": "a GPU, and it does not end", "nvidia-smi": "a GPU",
     "tail -f": "does not end"}
 # A path or verb that a command needs, and what makes it where it is not there.
@@ -54,7 +55,7 @@ NEEDED = [
     (r"runs compare", "outputs/experiment1", "emergency-kit train --output-dir outputs/experiment1"),
     (r"make (?:infer|serve|evaluate|merge|export)|scripts/(?:infer|evaluate|merge|export)|kit (?:infer|serve|evaluate|merge|gate|runs)|lora\.adapter|checkpoints/final|ls -la|du -sh",
      "outputs/checkpoints/final", "emergency-kit train --overwrite"),
-    (r"merged/final", "outputs/merged/final", "emergency-kit merge --overwrite"),
+    (r"^(?!.*merge_lora).*merged/final", "outputs/merged/final", "emergency-kit merge --overwrite"),
     (r"-q8_0\.gguf|-q4_k_m\.gguf|--list-exports", "outputs/gguf/final-q4_k_m.gguf", "emergency-kit export-gguf --overwrite"),
     (r"\bgate\b", "outputs/evaluation_report.json", "emergency-kit evaluate"),
     (r"data (?:inspect|preview)|my\.jsonl", "outputs/data/embedded/train.jsonl", "emergency-kit data build"),

@@ -134,7 +134,7 @@ def guard(text: str, cards: Sequence[Card], country: str = "", fits: int = 1, ne
     places = locate_lines(text)
     doubted = [card for card in (*cards[fits:], *choices) if card not in cards[:fits]] if unsure else []
     trusted = list(cards[:fits])
-    overruled = _find_overruled(trusted, where)
+    overruled = _find_overruled(trusted, country, where)
     broken = _find_broken(text, places, cards, fits, others, doubted, overruled, country, where)
     known = _card_lines(cards, where)
     own = {normalise(line) for _, line in known}
@@ -187,16 +187,33 @@ def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits
     return found
 
 
-def _find_overruled(trusted: Sequence[Card], where: Country | None) -> dict[str, tuple[str, str]]:
-    """`{normalised action: (rule, card id)}`: actions of cards that fit which a better fitting one forbids in its own words (aspirin, beside a stroke).
+def _find_overruled(trusted: Sequence[Card], country: str, where: Country | None) -> dict[str, tuple[str, str]]:
+    """`{normalised action: (rule, card id)}`: actions of cards that fit which a better fitting one forbids (aspirin, beside a stroke).
 
-    Only a rule's own phrases count: its wider patterns are made for answers about its own hazard, and find another's actions by chance."""
+    Patterns find some of another card's actions by chance; those were told by hand (`knowledge/chance.yaml`)."""
     found: dict[str, tuple[str, str]] = {}
-    for rank, card in enumerate(trusted):
+    for rank, card in enumerate(trusted[1:], 1):
         for _, line in _card_lines([card], where, rules=False):
-            for better, rule in ((one, rule) for one in trusted[:rank] for rule in one.never):
-                if any(advises(normalise(line), phrase) for phrase in rule.broken_by):
-                    found.setdefault(normalise(line), (rule.text, better.id))
+            if forbidden := _list_forbidding(line, trusted[:rank], country):
+                found.setdefault(normalise(line), forbidden[0])
+    return found
+
+
+def _list_forbidding(line: str, cards: Sequence[Card], country: str = "") -> list[tuple[str, str]]:
+    """`(rule, card id)` of the never-rules that a line breaks; those that name it in their own words first, since they say best why."""
+    named = {(rule.text, card.id) for card in cards for rule in card.never if any(advises(normalise(line), phrase) for phrase in rule.broken_by)}
+    broken = [(rule.rule, rule.card_id) for rule in examine(f"GUIDANCE\n• {line}", cards, country).rules if rule.stance == "affirmed"]
+    return sorted(broken, key=lambda rule: rule not in named)
+
+
+def list_overruling(cards: Mapping[str, Card]) -> list[tuple[str, str, str, int, str]]:
+    """`(better card id, its rule, card id, number of its action, "text" or "instead")` of every action that another card would overrule: for where nothing can be examined."""
+    found = []
+    for card in cards.values():
+        others = [other for other in cards.values() if other is not card]
+        for number, action in enumerate(card.critical_actions):
+            for part, line in (("text", action.text), ("instead", action.instead)):
+                found += [(card_id, rule, card.id, number, part) for rule, card_id in (_list_forbidding(line, others) if line else ())]
     return found
 
 

@@ -65,7 +65,8 @@ def load_prohibitions() -> Mapping[str, tuple[Pattern, ...]]:
 
 @functools.lru_cache(maxsize=1)
 def load_chance() -> Mapping[tuple[str, str], frozenset[str]]:
-    """`{(card id, never-rule): normalised lines}`: what other cards advise and the rule's patterns find though it does not break the rule, each read by hand.
+    """`{(card id, never-rule or action): normalised lines}`: what other cards say, and the patterns find though it does not break the rule or forbid the
+    action, each read by hand.
 
     Patterns are made for answers about their own hazard; an answer that follows another hazard's card is told by its lines. Raises DataError
     for a file that is not well formed.

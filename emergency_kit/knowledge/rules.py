@@ -117,14 +117,17 @@ def _find_prohibitions(reading: Reading, cards: Sequence[Card], actions: Sequenc
     What a card itself says in that place (a never-rule kept, an action that is a ban) is no prohibition.
     """
     own = [finding.span for finding in actions if finding.span] + [finding.span for finding in rules if finding.span and finding.stance == "warned"]
-    wanted = [(name, pattern, False) for name, patterns in load_prohibitions().items() for pattern in patterns]
+    nothing: frozenset[str] = frozenset()
+    wanted = [(name, pattern, False, nothing) for name, patterns in load_prohibitions().items() for pattern in patterns]
     for card in cards:
         patterns = card_patterns(card)
-        wanted += [(f"{card.id}: {action}", pattern, True) for action in patterns.time_critical for pattern in patterns.actions.get(action, ()) if not pattern.wants_ban and len(pattern.items) > 1]
+        wanted += [(f"{card.id}: {action}", pattern, True, load_chance().get((card.id, action), nothing)) for action in patterns.time_critical for pattern in patterns.actions.get(action, ()) if not pattern.wants_ban and len(pattern.items) > 1]
     found: dict[tuple[int, int], Prohibition] = {}
-    for name, pattern, bans_action in wanted:
+    for name, pattern, bans_action, chance in wanted:
         for match in reading.find(pattern):
             sentence = reading.sentences[match.sentence].sentence
+            if chance and normalise(reading.text[sentence.start:sentence.end]) in chance:
+                continue
             banned = match.flags & scope.NEG and not match.flags & (scope.LIMITED | scope.COND | scope.TOLD | scope.AFTER | scope.BEFORE)
             head = next(place for place, token in enumerate(sentence.tokens) if token.start >= match.start)
             # "Start CPR if they are not breathing" denies the breathing, not the CPR.

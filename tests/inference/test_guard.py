@@ -144,8 +144,9 @@ def test_when_unsure_a_step_must_keep_the_rules_of_what_it_may_be_instead():
 
 @pytest.mark.parametrize("better, other, action, rule", [
     ("stroke", "heart_attack", "Offer aspirin to chew if awake, not allergic and not bleeding.", "Do not give aspirin."),
+    ("lightning", "wildfire", "If caught outside, lie face down on bare or burned ground.", "Do not lie flat on the ground."),
     ("snake_bite", "severe_bleeding", "Put a tourniquet above a limb wound that keeps bleeding, noting the time.", "Do not use a tourniquet or ice.")])
-def test_what_a_better_fitting_card_forbids_in_plain_words_is_struck_and_not_added(better, other, action, rule):
+def test_what_a_better_fitting_card_forbids_is_struck_and_not_added(better, other, action, rule):
     text = answer(action)
     checked = guard(text, [CARDS[better], CARDS[other]], fits=2)
     assert [(line.text, line.breaks, line.card_id) for line in checked.struck] == [(action, rule, better)]

@@ -9,7 +9,6 @@ const BULLET = /^[ \t]*(?:[•*\-–]|\d{1,3}[.)])[ \t]+(\S.*?)[ \t]*$/;
 const SECTIONS = ["facts", "uncertainties", "analysis", "guidance"];
 const SLIP_RATIO = 80; // as in inference/guard.py
 const WARNS = /\b(?:not|never|don't|avoid|without|no|stop|instead)\b/;
-const BEFORE_ADVICE = /\b(?:do not|don't|dont|never|avoid|without|instead of|rather than|not to|no)\b/; // as in knowledge/rules.py
 const OFF_CARD = "Guidance comes from the card that fits; this line does not stand there.";
 
 // {lines: [{section, text}], four: whether the four sections stand there, in order, none empty}
@@ -44,22 +43,23 @@ export function ratio(first, second) {
   return a.length + b.length ? (200 * row[b.length]) / (a.length + b.length) : 100;
 }
 
-const actionLines = (card) => card.critical_actions.flatMap((action) => [action.text, action.instead].filter(Boolean));
-
-// The rule of a better fitting card that forbids an action in its own words (aspirin, beside a stroke), as inference/guard.py finds it.
-function findOverruling(text, rank, cards, broken) {
-  const plain = ` ${normalise(text)} `;
-  const advises = (phrase) => plain.includes(` ${phrase} `) && !BEFORE_ADVICE.test(plain.slice(0, plain.indexOf(` ${phrase} `)));
-  return cards.slice(0, rank).flatMap((card) => (broken[card.id] ?? []).map(([rule, phrases]) => ({ card_id: card.id, rule, phrases })))
-    .find(({ phrases }) => phrases.some(advises));
+// {line: {card_id, rule}}: actions that a better fitting card forbids (aspirin, beside a stroke). overruling: of inference/guard.py, [better card, rule, card, action, part].
+function findOverruled(cards, overruling) {
+  const found = new Map();
+  cards.forEach((card, rank) => cards.slice(0, rank).forEach((better) => {
+    for (const [id, rule, other, place, part] of overruling) {
+      const line = card.critical_actions[place]?.[part];
+      if (id === better.id && other === card.id && line && !found.has(line)) found.set(line, { card_id: id, rule });
+    }
+  }));
+  return found;
 }
 
 // cards: localised, those that fit; broken: {card id: [[rule, phrases]]}. Returns {lines, added} as the server sends them.
-export function holdToCards(text, cards, broken, whole) {
+export function holdToCards(text, cards, broken, overruling, whole) {
   const { lines, four } = readLines(text);
-  const own = cards.flatMap((card) => [...actionLines(card), ...card.never].map((line) => ({ id: card.id, line, plain: normalise(line) })));
-  const overruled = new Map();
-  cards.forEach((card, rank) => actionLines(card).forEach((line) => { const found = findOverruling(line, rank, cards, broken); if (found) overruled.set(line, { card_id: found.card_id, rule: found.rule }); }));
+  const own = cards.flatMap((card) => [...card.critical_actions.flatMap((action) => [action.text, action.instead].filter(Boolean)), ...card.never].map((line) => ({ id: card.id, line, plain: normalise(line) })));
+  const overruled = findOverruled(cards, overruling);
   const given = new Set();
   const held = lines.map((line) => {
     const plain = normalise(line.text);
