@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, dict[str, Any]]] = {
         "export": {"certificate_strings": 20, "certificate_answer_tokens": 40, "certificate_prompts": 1, "certificate_max_new_tokens": 16}}}
 # What a page shows in the large, as it is run here.
 SMALLER = {"checkpoint-20": "checkpoint-2", "--max-steps 30": "--max-steps 2", "max_samples=200": "max_samples=4", "--max-samples 100": "--max-samples 2",
-           "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "outputs/a outputs/b": "outputs outputs/experiment1", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
+           "learning_rate=1e-3,2e-3,4e-3": "learning_rate=1e-3,2e-3", "--max-new-tokens 2000": "--max-new-tokens 16", "outputs/a outputs/b": "outputs/checkpoints/final outputs/experiment1", "--lr-range 1e-5:1e-1": "--lr-range 1e-5:1e-1 --max-steps 4"}
 # Commands (the beginning of a line) that are not run, and why.
 NOT_RUN = {
     "make test": "the whole suite, an hour",
@@ -110,7 +110,8 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def bash(line: str, folder: Path) -> tuple[int, str]:
     environment = os.environ | {"PATH": f"{folder / '.venv/bin'}:{os.environ['PATH']}", "PYTHONPATH": str(folder), "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-                                "MAKEFLAGS": "STALE="}  # the environment is another folder's, and is not to be told of a new place
+                                # The environment is another folder's, and is not to be told of a new place; ARGS are those of make test-docs.
+                                "MAKEFLAGS": "STALE=", "ARGS": ""}
     process = subprocess.Popen(["bash", "-c", line], cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
     if re.search(r"\bserve\b", line):
         return served(process)
