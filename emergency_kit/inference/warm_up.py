@@ -55,4 +55,4 @@ def warm_up(engine: LlamaEngine, cards: Mapping[str, Card], country: str = "") -
 def card_beginnings(engine: LlamaEngine, cards: Mapping[str, Card], country: str = "") -> Iterator[list[int]]:
     """Token ids of each card's prompt as far as they do not depend on the situation."""
     for card in cards.values():
-        yield os.path.commonprefix([engine.encode(build_messages(situation, [card], country=country)) for situation in ("a", "1", "\"I")])
+        yield list(os.path.commonprefix([engine.encode(build_messages(situation, [card], country=country)) for situation in ("a", "1", "\"I")]))
