@@ -238,7 +238,7 @@ test-docs: setup $(VENV)/installed-test.txt ## Really run the commands of README
 test-tutorials: setup $(VENV)/installed-test.txt ## Do every tutorial to its end, from the model that make pipeline has trained (half an hour; npm and the package index for the kit)
 	@EMERGENCY_KIT_TUTORIALS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -s tests/test_tutorials.py $(ARGS)
 
-prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); a streamed run, an evaluation and a sweep of two workers disturbed likewise (17 minutes)
+prove-ranks: setup $(VENV)/installed-test.txt ## Four processes: stopped on one rank, gone on with by 1, 4 and 2; one killed; the base model whole or divided (FSDP2); streamed runs, an evaluation and a sweep of two workers disturbed likewise (20 minutes)
 	@EMERGENCY_KIT_RANKS=full OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/training/test_ranks.py tests/training/test_fsdp.py tests/training/test_sweep.py tests/evaluation/test_divided.py tests/training/test_data_of_ranks.py $(ARGS)
 
 storm: setup ## Pull the plug at least 200 times, plant faults, damage and 500,000 mutated inputs (two hours; installs wandb into .venv; some parts need root and cc)

@@ -2,7 +2,7 @@
 
 In: a GGUF file and the merged model that it was made from. Out: a Markdown table of medians, with each contender's
 rounds taken A B A B. "Warm" is a loaded model that has answered before: the system prompt is cached, the card and
-the situation are new each time. Needs two idle cores; say what else ran. Run: `make bench-inference`.
+the situation are new each time; then once more after the warm-up that `serve` does while nobody asks, for cards that nobody asked about. Needs two idle cores; say what else ran. Run: `make bench-inference`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ NEW_TOKENS = 96
 STREAMS = 4
 
 
-def prompts(rounds: int) -> list[list[dict[str, str]]]:
-    """One prompt a round, each with another card, so that nothing but the system prompt can be cached."""
+def prompts(rounds: int, last: bool = False) -> list[list[dict[str, str]]]:
+    """One prompt a round, each with another card, so that nothing but the system prompt can be cached. last: of the last cards instead of the first."""
     cards = [card for card in load_cards().values() if card.id != "safe_minimum"]
-    return [build_messages(f"please help, {card.also_called[0]}, I do not know what to do", [card]) for card in cards[:rounds]]
+    return [build_messages(f"please help, {card.also_called[0]}, I do not know what to do", [card]) for card in (cards[-rounds:] if last else cards[:rounds])]
 
 
 class Llama:
@@ -49,6 +49,13 @@ class Llama:
         for _ in stream:
             pass
         return first, (stream.tokens - 1) / max(1e-9, time.perf_counter() - started - first)
+
+    def warm(self, _: None) -> tuple[int, float]:
+        """`(cards whose prompts are computed beforehand, seconds that it took)`."""
+        from emergency_kit.inference.warm_up import warm_up
+
+        started = time.perf_counter()
+        return warm_up(self.engine, load_cards()), time.perf_counter() - started
 
     def many(self, batch: list[list[dict[str, str]]]) -> float:
         """Tokens/s of several streams together, prompts included."""
@@ -100,7 +107,7 @@ def serve(contender: str, path: str, slots: int) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         what, messages = json.loads(line)
-        result = made.one(messages) if what == "one" else made.many(messages)
+        result = getattr(made, what)(messages)
         print(json.dumps(result), flush=True)
 
 
@@ -150,6 +157,14 @@ def measure(llama: Contender, other: Contender, rounds: int, title: str) -> None
     print(f"| {title} | ratio | | | {statistics.median(pairs):.1f} x (pairs: {min(pairs):.1f} to {max(pairs):.1f}) | | |", flush=True)
 
 
+def measure_warmed_up(llama: Contender, rounds: int) -> None:
+    number, seconds = llama.ask("warm", None)
+    taken = [llama.ask("one", messages) for messages in prompts(rounds, last=True)]
+    firsts = [first for first, _ in taken]
+    print(f"| nothing of ours, prompts of {number} cards computed before in {seconds:.0f} s | llama | {statistics.median(firsts):.2f} s | {max(firsts):.2f} s | "
+          f"{statistics.median(speed for _, speed in taken):.0f} | {min(speed for _, speed in taken):.0f} | |", flush=True)
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--serve"]:
         serve(sys.argv[2], sys.argv[3], int(sys.argv[4]))
@@ -163,6 +178,7 @@ def main() -> None:
     print(f"{options.gguf.name}, {options.rounds} rounds in turn, {NEW_TOKENS} new tokens\n")
     print("| beside | engine | first token, median | slowest | tokens/s, median | slowest | four streams, tokens/s |\n|---|---|---|---|---|---|---|")
     measure(llama, other, options.rounds, "nothing of ours")
+    measure_warmed_up(llama, options.rounds)
     busy = multiprocessing.Process(target=spin, daemon=True)
     busy.start()
     try:
