@@ -41,7 +41,8 @@ def is_plenty(resolved: Resolved, load: "Load", world: int) -> bool:
     if pick_device(resolved.config.model) != "cpu" or resolved.config.training.gradient_checkpointing == "auto" or not setting_of(resolved, shape, on_gpu=False).fused:
         return False
     peak, room = foresee_memory(resolved, shape, load.work)
-    plenty = PLENTY * peak * world < room
+    # All of one mind, since trying is done together.
+    plenty = not ranks.most(int(PLENTY * peak * world >= room))
     if plenty:
         LOG.info("Memory: %.2f GB foreseen, %.1f GB are free; the longest rows need no trial", peak / 1e9, room / 1e9)
     return plenty
