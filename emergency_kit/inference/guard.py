@@ -9,6 +9,7 @@ Limits: those of `knowledge/rules.py::examine`, which finds what is advised; car
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Iterable, Mapping, Sequence
@@ -194,23 +195,24 @@ def _find_overruled(trusted: Sequence[Card], country: str, where: Country | None
     found: dict[str, tuple[str, str]] = {}
     for rank, card in enumerate(trusted[1:], 1):
         for _, line in _card_lines([card], where, rules=False):
-            if forbidden := _list_forbidding(line, trusted[:rank], country):
+            if forbidden := _list_forbidding(line, tuple(trusted[:rank]), country):
                 found.setdefault(normalise(line), forbidden[0])
     return found
 
 
-def _list_forbidding(line: str, cards: Sequence[Card], country: str = "") -> list[tuple[str, str]]:
+@functools.lru_cache(maxsize=1024)  # an answer is checked anew with each of its lines, and these do not change
+def _list_forbidding(line: str, cards: tuple[Card, ...], country: str = "") -> tuple[tuple[str, str], ...]:
     """`(rule, card id)` of the never-rules that a line breaks; those that name it in their own words first, since they say best why."""
     named = {(rule.text, card.id) for card in cards for rule in card.never if any(advises(normalise(line), phrase) for phrase in rule.broken_by)}
     broken = [(rule.rule, rule.card_id) for rule in examine(f"GUIDANCE\n• {line}", cards, country).rules if rule.stance == "affirmed"]
-    return sorted(broken, key=lambda rule: rule not in named)
+    return tuple(sorted(broken, key=lambda rule: rule not in named))
 
 
 def list_overruling(cards: Mapping[str, Card]) -> list[tuple[str, str, str, int, str]]:
     """`(better card id, its rule, card id, number of its action, "text" or "instead")` of every action that another card would overrule: for where nothing can be examined."""
     found = []
     for card in cards.values():
-        others = [other for other in cards.values() if other is not card]
+        others = tuple(other for other in cards.values() if other is not card)
         for number, action in enumerate(card.critical_actions):
             for part, line in (("text", action.text), ("instead", action.instead)):
                 found += [(card_id, rule, card.id, number, part) for rule, card_id in (_list_forbidding(line, others) if line else ())]
