@@ -2,7 +2,8 @@
 
 In: a GGUF file and the merged model that it was made from. Out: a Markdown table of medians, with each contender's
 rounds taken A B A B. "Warm" is a loaded model that has answered before: the system prompt is cached, the card and
-the situation are new each time; then once more after the warm-up that `serve` does while nobody asks, for cards that nobody asked about. Needs two idle cores; say what else ran. Run: `make bench-inference`.
+the situation are new each time; then once more after the warm-up that `serve` does while nobody asks, for cards
+that nobody asked about. Needs two idle cores; say what else ran. Run: `make bench-inference`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from emergency_kit.config import load_config
 from emergency_kit.data.format import build_messages
 from emergency_kit.knowledge.cards import load_cards
 
-NEW_TOKENS = 96
+NEW_TOKENS = 256  # a whole answer, or nearly
 STREAMS = 4
 
 
@@ -33,12 +34,12 @@ def prompts(rounds: int, last: bool = False) -> list[list[dict[str, str]]]:
 
 
 class Llama:
-    """llama.cpp behind `LlamaEngine`, grammar off, so that both write freely."""
+    """llama.cpp behind `LlamaEngine` as `infer` and `serve` open it, grammar off, so that both write freely."""
 
     def __init__(self, path: Path, slots: int):
         from emergency_kit.inference.llama_engine import LlamaEngine
 
-        self.engine = LlamaEngine(path, slots)
+        self.engine = LlamaEngine(path, slots, drafts=True)
 
     def one(self, messages: list[dict[str, str]]) -> tuple[float, float]:
         """`(seconds to the first token, tokens/s after it)`."""
@@ -175,7 +176,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     options = parser.parse_args()
     llama, other = Contender("llama", options.gguf, STREAMS), Contender("transformers", options.merged)
-    print(f"{options.gguf.name}, {options.rounds} rounds in turn, {NEW_TOKENS} new tokens\n")
+    print(f"{options.gguf.name}, {options.rounds} rounds in turn, {NEW_TOKENS} new tokens at most\n")
     print("| beside | engine | first token, median | slowest | tokens/s, median | slowest | four streams, tokens/s |\n|---|---|---|---|---|---|---|")
     measure(llama, other, options.rounds, "nothing of ours")
     measure_warmed_up(llama, options.rounds)

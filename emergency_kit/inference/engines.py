@@ -183,7 +183,7 @@ def open_engine(model: ModelSection, checkpoint: Path, slots: int = 4) -> "Engin
     if check_model(checkpoint, model) == "gguf":
         from emergency_kit.inference.llama_engine import LlamaEngine
 
-        return LlamaEngine(Path(checkpoint), slots)
+        return LlamaEngine(Path(checkpoint), slots, drafts=True)
     from emergency_kit.inference.torch_engine import Engine
     from emergency_kit.model import backend
 

@@ -135,8 +135,8 @@ def guard(text: str, cards: Sequence[Card], country: str = "", fits: int = 1, ne
     places = locate_lines(text)
     doubted = [card for card in (*cards[fits:], *choices) if card not in cards[:fits]] if unsure else []
     trusted = list(cards[:fits])
-    overruled = _find_overruled(trusted, country, where)
-    broken = _find_broken(text, places, cards, fits, others, doubted, overruled, country, where)
+    contested = _find_contested(trusted, country, where)
+    broken = _find_broken(text, places, cards, fits, others, doubted, contested, country, where)
     known = _card_lines(cards, where)
     own = {normalise(line) for _, line in known}
     said = set(normalise(scenario).split())
@@ -150,7 +150,7 @@ def guard(text: str, cards: Sequence[Card], country: str = "", fits: int = 1, ne
                         if number not in said) if section == "guidance" else ()
         on_card = section == "guidance" and not rule and (slip is not None or normalise(written) in own)
         lines.append(Line(section, written, start, end, rule, owner or (slip[0] if slip else ""), slip[1] if slip else "", strange, on_card))
-    added = _find_missing(text, lines, trusted, doubted, overruled, country, where)
+    added = _find_missing(text, lines, trusted, doubted, contested, country, where)
     guidance = tuple(_describe_card(card, rank < fits, where) for rank, card in enumerate(cards))
     number = where.number(cards[0].service if cards else "any") if where else ANY_COUNTRY
     return Guarded(text, tuple(lines), added, guidance, number, country.upper(), unsure, tuple((card.id, card.name) for card in choices) if unsure else ())
@@ -164,14 +164,14 @@ def guard_found(text: str, found: Found, library: Mapping[str, Card], country: s
 
 
 def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits: int, others: Sequence[Card], doubted: Sequence[Card],
-                 overruled: Mapping[str, tuple[str, str]], country: str, where: Country | None) -> dict[Place, tuple[str, str]]:
+                 contested: Mapping[str, tuple[str, str]], country: str, where: Country | None) -> dict[Place, tuple[str, str]]:
     """`{place: (rule, card id)}` of every line that must be struck.
 
-    A line of a card that fits is right as it stands, unless a better one forbids it in plain words, and so is any card's line by its own rules; but
-    where retrieval is unsure, it must also keep the never-rules of the cards that it may be instead (`doubted`). overruled: of `_find_overruled`.
+    A line of a card that fits is right as it stands, unless another that fits forbids it, and so is any card's line by its own rules; but
+    where retrieval is unsure, it must also keep the never-rules of the cards that it may be instead (`doubted`). contested: of `_find_contested`.
     """
     trusted = cards[:fits]
-    found = {place: overruled[line] for place in places if (line := normalise(text[place[1]:place[2]])) in overruled}
+    found = {place: contested[line] for place in places if (line := normalise(text[place[1]:place[2]])) in contested}
     right = {normalise(line) for _, line in _card_lines(trusted, where)}
     for section, start, end in places:
         if section in ("", "guidance") and _REFUSES_HELP.match(normalise(text[start:end])) and normalise(text[start:end]) not in right:
@@ -188,14 +188,15 @@ def _find_broken(text: str, places: Sequence[Place], cards: Sequence[Card], fits
     return found
 
 
-def _find_overruled(trusted: Sequence[Card], country: str, where: Country | None) -> dict[str, tuple[str, str]]:
-    """`{normalised action: (rule, card id)}`: actions of cards that fit which a better fitting one forbids (aspirin, beside a stroke).
+def _find_contested(trusted: Sequence[Card], country: str, where: Country | None) -> dict[str, tuple[str, str]]:
+    """`{normalised action: (rule, card id)}`: actions of cards that fit which another of them forbids, better fitting or not (aspirin, beside a stroke).
 
     Patterns find some of another card's actions by chance; those were told by hand (`knowledge/chance.yaml`)."""
     found: dict[str, tuple[str, str]] = {}
-    for rank, card in enumerate(trusted[1:], 1):
-        for _, line in _card_lines([card], where, rules=False):
-            if forbidden := _list_forbidding(line, tuple(trusted[:rank]), country):
+    for card in trusted:
+        others = tuple(other for other in trusted if other is not card)
+        for _, line in _card_lines([card], where, rules=False) if others else ():
+            if forbidden := _list_forbidding(line, others, country):
                 found.setdefault(normalise(line), forbidden[0])
     return found
 
@@ -208,8 +209,8 @@ def _list_forbidding(line: str, cards: tuple[Card, ...], country: str = "") -> t
     return tuple(sorted(broken, key=lambda rule: rule not in named))
 
 
-def list_overruling(cards: Mapping[str, Card]) -> list[tuple[str, str, str, int, str]]:
-    """`(better card id, its rule, card id, number of its action, "text" or "instead")` of every action that another card would overrule: for where nothing can be examined."""
+def list_contested(cards: Mapping[str, Card]) -> list[tuple[str, str, str, int, str]]:
+    """`(card id, its rule, other card id, number of its action, "text" or "instead")` of every action that another card forbids: for where nothing can be examined."""
     found = []
     for card in cards.values():
         others = tuple(other for other in cards.values() if other is not card)
@@ -271,9 +272,9 @@ def _find_slip(written: str, known: Sequence[tuple[str, str]]) -> tuple[str, str
     return best
 
 
-def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], doubted: Sequence[Card], overruled: Mapping[str, tuple[str, str]],
+def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], doubted: Sequence[Card], contested: Mapping[str, tuple[str, str]],
                   country: str, where: Country | None) -> tuple[Step, ...]:
-    """Critical actions that no line gives which stays, by its own words or as a card's line with a slip, and that no doubted or better card forbids."""
+    """Critical actions that no line gives which stays, by its own words or as a card's line with a slip, and that no doubted card and no other that fits forbids."""
     left = text
     for line in lines:
         if line.breaks:
@@ -285,7 +286,7 @@ def _find_missing(text: str, lines: Sequence[Line], trusted: Sequence[Card], dou
         for action in card.critical_actions:
             step = _describe_step(card, action, where)
             forbidden = any(rule.stance == "affirmed" for rule in examine(f"GUIDANCE\n• {step.text}", doubted, country).rules)
-            if not forbidden and normalise(step.text) not in overruled and (card.id, action.text) not in given and normalise(step.text) not in shown | {normalise(other.text) for other in added}:
+            if not forbidden and normalise(step.text) not in contested and (card.id, action.text) not in given and normalise(step.text) not in shown | {normalise(other.text) for other in added}:
                 added.append(step)
     return tuple(added)
 

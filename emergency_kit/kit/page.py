@@ -19,7 +19,7 @@ from emergency_kit.errors import ExportError
 from emergency_kit.files import write_bytes
 from emergency_kit.inference.answer import build_knowledge
 from emergency_kit.inference.grammar import build_gbnf
-from emergency_kit.inference.guard import list_overruling
+from emergency_kit.inference.guard import list_contested
 from emergency_kit.inference.llama_engine import CONTEXT_TOKENS, LlamaEngine
 from emergency_kit.kit.known import prompt_text
 from emergency_kit.knowledge import index, retrieve
@@ -75,7 +75,7 @@ def build_settings(config: Config, engine: LlamaEngine | None, model: dict[str, 
         "prompt": {"head": head, "tail": tail, "safe_minimum": SAFE_MINIMUM, "safe_heading": SAFE_HEADING, "grounded": config.dataset.grounding == "cards"},
         "model": model and {**model, "context_tokens": CONTEXT_TOKENS, "max_new_tokens": min(config.inference.max_new_tokens, CONTEXT_TOKENS // 2),
                             "grammar": build_gbnf() if config.inference.grammar else ""},
-        "overruling": list_overruling(cards),
+        "contested": list_contested(cards),
         "broken_by": {card.id: [[rule.text, list(rule.broken_by)] for rule in card.never] for card in cards.values()},
         "retrieval": {
             "card_ids": list(fitted.card_ids), "categories": {card.id: card.category for card in cards.values()}, "top_k": config.dataset.top_k,

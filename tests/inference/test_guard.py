@@ -142,14 +142,27 @@ def test_when_unsure_a_step_must_keep_the_rules_of_what_it_may_be_instead():
     assert aspirin in [step.text for step in unsure.cards[0].steps], "the card itself is shown whole"
 
 
-@pytest.mark.parametrize("better, other, action, rule", [
+@pytest.mark.parametrize("forbidding, other, action, rule", [
     ("stroke", "heart_attack", "Offer aspirin to chew if awake, not allergic and not bleeding.", "Do not give aspirin."),
     ("lightning", "wildfire", "If caught outside, lie face down on bare or burned ground.", "Do not lie flat on the ground."),
+    ("volcanic_ash", "wildfire", "Drive away from the fire with windows closed and headlights on.", "Do not drive in heavy ash."),
     ("snake_bite", "severe_bleeding", "Put a tourniquet above a limb wound that keeps bleeding, noting the time.", "Do not use a tourniquet or ice.")])
-def test_what_a_better_fitting_card_forbids_is_struck_and_not_added(better, other, action, rule):
+def test_what_one_of_two_fitting_cards_forbids_is_struck_and_not_added(forbidding, other, action, rule):
     text = answer(action)
-    checked = guard(text, [CARDS[better], CARDS[other]], fits=2)
-    assert [(line.text, line.breaks, line.card_id) for line in checked.struck] == [(action, rule, better)]
-    assert action not in [step.text for step in checked.added] and steps_of(CARDS[better]) == [step.text for step in checked.added][:len(steps_of(CARDS[better]))]
+    for cards in ([CARDS[forbidding], CARDS[other]], [CARDS[other], CARDS[forbidding]]):  # which of them fits better is a guess
+        checked = guard(text, cards, fits=2)
+        assert [(line.text, line.breaks, line.card_id) for line in checked.struck] == [(action, rule, forbidding)]
+        assert action not in [step.text for step in checked.added] and set(steps_of(CARDS[forbidding])) <= {step.text for step in checked.added}
+        assert not guard(answer(*steps_of(CARDS[forbidding])), cards, fits=2).struck
     assert not guard(text, [CARDS[other]]).struck, "alone it is right"
-    assert not guard(answer(*steps_of(CARDS[better])), [CARDS[better], CARDS[other]], fits=2).struck
+
+
+@given(st.sampled_from(sorted(CARDS)), st.sampled_from(sorted(CARDS)))
+@settings(deadline=None, max_examples=40)
+def test_nothing_shown_of_two_fitting_cards_breaks_a_rule_of_the_other(first, second):
+    cards = [CARDS[first], CARDS[second]] if first != second else [CARDS[first]]
+    shown = guard(answer(*(step for card in cards for step in steps_of(card))), cards, fits=len(cards)).shown_text
+    guidance = shown[shown.index("GUIDANCE"):].splitlines()[1:]
+    for card, other in zip(cards, reversed(cards)):
+        lines = [line for line in guidance if line[2:] in steps_of(card)]
+        assert not [rule for line in lines if other is not card for rule in examine(f"GUIDANCE\n{line}", [other]).rules if rule.stance == "affirmed"]

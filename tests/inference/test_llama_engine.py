@@ -11,7 +11,7 @@ from emergency_kit.export.gguf import export_gguf
 from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.inference.engines import open_engine
 from emergency_kit.inference.grammar import build_grammar
-from emergency_kit.inference.llama_engine import LlamaEngine
+from emergency_kit.inference.llama_engine import LlamaEngine, _build_request
 from emergency_kit.model import backend
 from tests.data.families import TEMPLATES
 from tests.export.tiny import HELD_OUT
@@ -23,7 +23,7 @@ NEW = 24
 
 @pytest.fixture(scope="module")
 def engine(gguf):
-    engine = LlamaEngine(gguf, slots=2, threads=1)
+    engine = LlamaEngine(gguf, slots=2, threads=1, drafts=True)
     yield engine
     engine.close()
 
@@ -51,6 +51,19 @@ def test_greedy_answers_are_those_of_transformers_streamed_and_batched(engine, r
         stream = engine.stream(messages, NEW)
         pieces = list(stream)
         assert len(pieces) > 3 and "".join(pieces) == answer.text and stream.result == answer
+
+
+def test_drafts_are_kept_where_the_model_agrees_and_change_nothing(gguf, reference, batch):
+    """A grammar makes the two-layer model repeat itself; what llama.cpp counts as drafted and kept is read from its events."""
+    grammar = r"start: /((go out|stay in) and close the door\. ){12}/"
+    engine = LlamaEngine(gguf, slots=1, threads=1, drafts=True)
+    events: list[dict] = []
+    engine._server.handle_completions(_build_request(engine.encode(batch[0]), 200, 0.0, 0, grammar), lambda event: events.append(event) and False)
+    timings = events[-1]["timings"]
+    assert 20 < timings["draft_n_accepted"] <= timings["draft_n"]
+    text = "".join(event["choices"][0]["text"] for event in events if event.get("choices"))
+    assert text == reference.generate(batch[:1], 200, grammar=grammar)[0].text and text.count("close the door") == 12
+    engine.close()
 
 
 def test_sampling_follows_the_seed_and_is_not_cut_to_the_likeliest(engine, batch):

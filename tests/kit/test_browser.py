@@ -192,7 +192,7 @@ GUIDANCE
 2. Carry the pan outside quickly.
 3. Cover the pan with a lid, baking shet or fire blanket."""
     held = page.evaluate("""async (text) => { const [{ holdToCards }, { prepare, settings }] = [await import('./hold.js'), await import('./model.js')];
-      const { found } = await prepare('the oil in my pan is on fire', 'GB'); const { broken_by, overruling } = await settings(); return holdToCards(text, found.cards, broken_by, overruling, true); }""", text)
+      const { found } = await prepare('the oil in my pan is on fire', 'GB'); const { broken_by, contested } = await settings(); return holdToCards(text, found.cards, broken_by, contested, true); }""", text)
     struck = {line["text"]: line["struck"] and line["struck"]["rule"] for line in held["lines"]}
     assert struck["Pour water on the burning oil."] == "Do not pour water on burning oil." and struck["Do not pour water on burning oil."] is None
     assert struck["Carry the pan outside quickly."] and not struck["Turn off the heat if you can reach the control safely."]
@@ -202,24 +202,24 @@ GUIDANCE
     assert held["four"] and len(added) == len(actions) - 2 and added[-1] == "Call 999 or 112 from outside."
 
 
-def test_what_a_better_fitting_card_forbids_is_struck_and_not_added_as_in_python(page):
+def test_what_one_of_two_fitting_cards_forbids_is_struck_and_not_added_as_in_python(page):
     """The same actions, by the same rule, as the server's guard strikes, whichever card fits better."""
     library = load_cards()
     pairs = [("stroke", "heart_attack"), ("heart_attack", "stroke"), ("snake_bite", "severe_bleeding"), ("lightning", "wildfire"), ("spine_injury", "drowning"), ("flood", "gas_leak")]
     held = page.evaluate("""async (pairs) => { const [{ holdToCards }, { prepare, settings }] = [await import('./hold.js'), await import('./model.js')];
-      const { broken_by, overruling } = await settings();
-      return Promise.all(pairs.map(async (ids) => { const { found } = await prepare('help', 'GB', ids); const text = 'GUIDANCE\\n' + found.cards[1].critical_actions.map((action, place) => `${place + 1}. ${action.text}`).join('\\n');
-        return holdToCards(text, found.cards, broken_by, overruling, true); })); }""", pairs)
+      const { broken_by, contested } = await settings();
+      return Promise.all(pairs.map(async (ids) => { const { found } = await prepare('help', 'GB', ids); const text = 'GUIDANCE\\n' + found.cards.flatMap((card) => card.critical_actions).map((action, place) => `${place + 1}. ${action.text}`).join('\\n');
+        return holdToCards(text, found.cards, broken_by, contested, true); })); }""", pairs)
     some = 0
     for ids, found in zip(pairs, held):
         cards = [library[card_id] for card_id in ids]
-        lines = [localise(action.text, find_country("GB"), cards[1].service) for action in cards[1].critical_actions]
+        lines = [localise(action.text, find_country("GB"), card.service) for card in cards for action in card.critical_actions]
         text = "GUIDANCE\n" + "\n".join(f"{number}. {line}" for number, line in enumerate(lines, 1))
-        overruled = {line.text: line.breaks for line in guard(text, cards, "GB", fits=2).lines if line.breaks and line.card_id == ids[0]}
-        assert {line["text"]: line["struck"]["rule"] for line in found["lines"] if line["struck"]} == overruled
-        assert not set(overruled) & {step["text"] for step in found["added"]}
-        some += len(overruled)
-    assert some >= 4
+        struck = {line.text: line.breaks for line in guard(text, cards, "GB", fits=2).lines if line.breaks}
+        assert {line["text"]: line["struck"]["rule"] for line in found["lines"] if line["struck"]} == struck
+        assert not set(struck) & {step["text"] for step in found["added"]}
+        some += len(struck)
+    assert some >= 6
 
 
 def test_from_a_plain_server_then_in_flight_mode(browser, folder, tmp_path):

@@ -43,23 +43,23 @@ export function ratio(first, second) {
   return a.length + b.length ? (200 * row[b.length]) / (a.length + b.length) : 100;
 }
 
-// {line: {card_id, rule}}: actions that a better fitting card forbids (aspirin, beside a stroke). overruling: of inference/guard.py, [better card, rule, card, action, part].
-function findOverruled(cards, overruling) {
+// {line: {card_id, rule}}: actions of one card that another forbids (aspirin, beside a stroke). contested: of inference/guard.py, [card, its rule, other card, action, part].
+function findContested(cards, contested) {
   const found = new Map();
-  cards.forEach((card, rank) => cards.slice(0, rank).forEach((better) => {
-    for (const [id, rule, other, place, part] of overruling) {
+  for (const card of cards) {
+    for (const [id, rule, other, place, part] of contested) {
       const line = card.critical_actions[place]?.[part];
-      if (id === better.id && other === card.id && line && !found.has(line)) found.set(line, { card_id: id, rule });
+      if (other === card.id && line && !found.has(line) && cards.some((forbids) => forbids !== card && forbids.id === id)) found.set(line, { card_id: id, rule });
     }
-  }));
+  }
   return found;
 }
 
 // cards: localised, those that fit; broken: {card id: [[rule, phrases]]}. Returns {lines, added} as the server sends them.
-export function holdToCards(text, cards, broken, overruling, whole) {
+export function holdToCards(text, cards, broken, contested, whole) {
   const { lines, four } = readLines(text);
   const own = cards.flatMap((card) => [...card.critical_actions.flatMap((action) => [action.text, action.instead].filter(Boolean)), ...card.never].map((line) => ({ id: card.id, line, plain: normalise(line) })));
-  const overruled = findOverruled(cards, overruling);
+  const forbidden = findContested(cards, contested);
   const given = new Set();
   const held = lines.map((line) => {
     const plain = normalise(line.text);
@@ -67,14 +67,14 @@ export function holdToCards(text, cards, broken, overruling, whole) {
     if (line.section === "guidance") {
       const near = own.map((other) => ({ ...other, like: ratio(plain, other.plain) })).sort((a, b) => b.like - a.like)[0];
       if (!near || near.like < SLIP_RATIO) return { ...sent, struck: { card_id: null, rule: OFF_CARD } };
-      if (overruled.has(near.line)) return { ...sent, struck: overruled.get(near.line) };
+      if (forbidden.has(near.line)) return { ...sent, struck: forbidden.get(near.line) };
       given.add(near.line);
       return near.plain === plain ? sent : { ...sent, from_card: { card_id: near.id, text: near.line } };
     }
     const rule = cards.flatMap((card) => (broken[card.id] ?? []).map(([text, phrases]) => ({ id: card.id, text, phrases }))).find(({ phrases }) => phrases.some((phrase) => ` ${plain} `.includes(` ${phrase} `)));
     return rule && !WARNS.test(plain) ? { ...sent, struck: { card_id: rule.id, rule: rule.text } } : sent;
   });
-  const missing = (card) => card.critical_actions.filter((action) => !given.has(action.text) && !given.has(action.instead) && !overruled.has(action.text))
+  const missing = (card) => card.critical_actions.filter((action) => !given.has(action.text) && !given.has(action.instead) && !forbidden.has(action.text))
     .map((action) => ({ card_id: card.id, text: action.text, needs: action.needs, instead: action.instead }));
   return { lines: held, added: whole ? cards.flatMap(missing) : [], four };
 }

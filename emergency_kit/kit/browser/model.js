@@ -88,7 +88,7 @@ export class Kit {
         last = { tokens: piece.tokens ?? last.tokens, promptTokens: piece.promptTokens ?? last.promptTokens, ended: piece.ended };
         if (!piece.text.includes("\n")) continue;
         const whole = text.slice(0, text.lastIndexOf("\n") + 1);
-        const { lines } = holdToCards(whole, trusted, kit.broken_by, kit.overruling, false);
+        const { lines } = holdToCards(whole, trusted, kit.broken_by, kit.contested, false);
         for (const line of lines.slice(sent)) yield { name: "line", data: line };
         sent = lines.length;
         if (repeatsItself(whole)) {
@@ -97,7 +97,7 @@ export class Kit {
         }
       }
       const seconds = (performance.now() - begun) / 1000;
-      const { lines, added, four } = holdToCards(text, trusted, kit.broken_by, kit.overruling, true);
+      const { lines, added, four } = holdToCards(text, trusted, kit.broken_by, kit.contested, true);
       for (const line of lines.slice(sent)) yield { name: "line", data: line };
       yield { name: "done", data: {
         ...found, id: `answer-${crypto.getRandomValues(new Uint32Array(3)).join("-")}`, created: Math.floor(Date.now() / 1000), text, lines, added,
