@@ -1,6 +1,6 @@
 """Load and fuzzing of `emergency-kit serve`: errors, times and memory over minutes, on loopback.
 
-In: a checkpoint, by default the bundled base model as GGUF made here. Out: one line a minute, then a summary as
+In: a checkpoint, by default outputs/gguf/final-q4_k_m.gguf, or where that is not, the bundled base model as q4_k_m made here. Out: one line a minute, then a summary as
 JSON; exit 1 on any error, or where memory grew. Run: `make bench-serve` (30 minutes), `make fuzz-serve` (100,000 requests).
 Memory is flat when the median of the last third of the samples is within 2 % + 8 MB of that of the middle third
 (fuzzing: of the last three parts of ten, and of the first three).
@@ -32,6 +32,7 @@ from tests.inference.fuzz import fuzz
 SITUATIONS = ["the oil in my pan is on fire", "my father is not responding and hardly breathes", "a snake bit my brother on the ankle while hiking",
               "water is rising in the street and we are in the car", "she took too many of her heart tablets", "it smells of gas in the kitchen",
               "a man was hit by a car and bleeds heavily from the leg", "the boy is choking on a grape and cannot speak"]
+TRAINED = Path("outputs/gguf/final-q4_k_m.gguf")
 SAMPLE_SECONDS = 5
 
 
@@ -131,15 +132,17 @@ def main() -> None:
             with served(tiny, "--set", f"model.name={tiny}", "--set", "model.dtype=float32", "--set", "inference.max_new_tokens=4") as (address, process):
                 summary = fuzz_load(address, process, options.fuzz)
         else:
-            with served(options.checkpoint or _bundled_gguf(Path(folder))) as (address, process):
+            with served(options.checkpoint or (TRAINED if TRAINED.is_file() else _bundled_gguf(Path(folder)))) as (address, process):
                 summary = load(address, process, options.minutes, options.clients)
     print(json.dumps(summary, indent=1))
     sys.exit(0 if summary["flat"] and summary["idle_afterwards"] and not summary["errors"] else 1)
 
 
 def _bundled_gguf(folder: Path) -> Path:
+    # What it answers does not matter here, so its certificate is short and may be out of bounds.
     subprocess.run([sys.executable, "-m", "emergency_kit.cli", "export-gguf", "--profile", "embedded", "--checkpoint", "models/SmolLM2-135M-Instruct",
-                    "--output", str(folder / "gguf"), "-q", "q4_k_m"], check=True, stdout=subprocess.DEVNULL)
+                    "--output", str(folder / "gguf"), "-q", "q4_k_m", "--allow-out-of-bounds", "--set", "export.certificate_prompts=1",
+                    "--set", "export.certificate_answer_tokens=50"], check=True, stdout=subprocess.DEVNULL)
     return next((folder / "gguf").glob("*.gguf"))
 
 

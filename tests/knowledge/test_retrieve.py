@@ -87,9 +87,16 @@ def test_hits_are_ranked_with_the_words_that_matched(retriever: Retriever) -> No
     assert "grease" in found.describe(CARDS).lower() or "pan" in found.describe(CARDS).lower()
 
 
-def test_two_emergencies_at_once_give_two_cards(retriever: Retriever) -> None:
-    found = retriever.find("car crash on the highway, the driver has a deep cut and blood is spurting out of his leg")
-    assert found.fits == 2 and set(found.ids[:2]) == {"road_crash", "severe_bleeding"}
+@pytest.mark.parametrize("half", HALVES)
+def test_two_emergencies_at_once_give_two_cards_and_one_gives_one(half: str) -> None:
+    """Of scenarios with two hazards, how many of these are shown; of others, how few get a second card that is trusted."""
+    retriever = Retriever(CARDS, 2)
+    found = [(case["hazards"], retriever.find(case["text"])) for case in HALVES[half] if case["hazards"]]
+    two = [(set(right), answer) for right, answer in found if len(right) == 2]
+    shown, trusted = np.mean([len(right & set(answer.ids)) / 2 for right, answer in two]), np.mean([answer.fits == 2 for _, answer in two])
+    doubled = np.mean([answer.fits == 2 for right, answer in found if len(right) == 1])
+    print(f"{half}: of {len(two)} with two hazards {shown:.3f} of them shown, two trusted in {trusted:.3f}; two trusted where one is {doubled:.3f}")
+    assert len(two) > 20 and shown > 0.6 and trusted > 0.15 and doubled < 0.05
 
 
 def test_no_more_than_top_k_cards() -> None:
