@@ -33,7 +33,7 @@ GUIDE_HEADINGS = [
     "Troubleshooting Training", "CUDA Out of Memory", "Training Loss Not Decreasing", "Training Interrupted"]
 # Numbers with a unit that stand in no result, by page, and where they come from.
 ELSEWHERE = {
-    "docs/Deployment.md": ({"5.7", "75.83"}, "the answers beside each other in that table, with its command"),
+    "docs/Deployment.md": ({"75.83"}, "the answers beside each other in that table, with its command"),
     "docs/Getting-Started.md": ({"3.5"}, "the disk of all outputs"),
     "docs/Scaling.md": ({"450", "828"}, "an H100's data sheet, and arithmetic of LoRA's gradients"),
     "docs/Training.md": ({"21.7"}, "the plan's table, which tests/training/test_plan.py makes anew")}

@@ -210,7 +210,7 @@ class LlamaAsker:
         from emergency_kit.inference.llama_engine import LlamaEngine
 
         beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # torchrun sets OMP_NUM_THREADS to 1, which the engine would take
-        self.engine = LlamaEngine(path, min(MOST_SLOTS, slots), **({"threads": max(1, cores() // beside)} if beside > 1 else {}))
+        self.engine = LlamaEngine(path, min(MOST_SLOTS, slots), threads=max(1, cores() // beside) if beside > 1 else None)
         self.description = self.engine.description
 
     def ask(self, prompts: Sequence[Messages], wanted: Sequence[int], max_new_tokens: int, temperature: float, seed: int,
