@@ -33,7 +33,7 @@ GUIDE_HEADINGS = [
     "Troubleshooting Training", "CUDA Out of Memory", "Training Loss Not Decreasing", "Training Interrupted"]
 # Numbers with a unit that stand in no result, by page, and where they come from.
 ELSEWHERE = {
-    "docs/Deployment.md": ({"75.83"}, "the answers beside each other in that table, with its command"),
+    "docs/Deployment.md": ({"5.7", "75.83"}, "the answers beside each other in that table, with its command"),
     "docs/Getting-Started.md": ({"3.5"}, "the disk of all outputs"),
     "docs/Scaling.md": ({"450", "828"}, "an H100's data sheet, and arithmetic of LoRA's gradients"),
     "docs/Training.md": ({"21.7"}, "the plan's table, which tests/training/test_plan.py makes anew")}
@@ -137,7 +137,7 @@ def test_figures_stand_in_the_results_or_have_a_named_source() -> None:
     for page in PAGES:
         if page.name not in GENERATED and "tutorials" not in page.parts:
             known, _ = ELSEWHERE.get(str(page), (set(), ""))
-            assert figures(page) - results == known, f"{page}: {figures(page) - results ^ known}"
+            assert figures(page) - results <= known <= figures(page), f"{page}: {figures(page) - results - known}, {known - figures(page)}"
 
 
 # The site
