@@ -18,7 +18,7 @@ from emergency_kit.config import load_config
 from emergency_kit.data.format import Record, build_messages, read_answer, shown_cards
 from emergency_kit.data.load import load_split
 from emergency_kit.evaluation.run import select_records
-from emergency_kit.inference.engines import Messages, open_engine
+from emergency_kit.inference.engine import Messages, open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.guard import guard_found
 from emergency_kit.knowledge.cards import Card, load_cards

@@ -16,7 +16,7 @@ from pathlib import Path
 from emergency_kit.config import load_config
 from emergency_kit.data.format import build_messages, read_answer, shown_cards
 from emergency_kit.data.load import load_split
-from emergency_kit.inference.engines import Generated, Messages, open_engine
+from emergency_kit.inference.engine import Generated, Messages, open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.knowledge.cards import load_cards
 from emergency_kit.knowledge.retrieve import Retriever

@@ -191,7 +191,7 @@ class Assistant:
 
     def __init__(self, config: Resolved | None = None, checkpoint: PathLike | None = None):
         from emergency_kit.inference.answer import Answerer
-        from emergency_kit.inference.engines import check_model
+        from emergency_kit.inference.engine import check_model
 
         resolved = config or load_config()
         folder = Path(checkpoint or resolved.finished_model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Mapping, Sequence
 
 from emergency_kit.data.format import SECTIONS, Answer, Record, render_answer, shown_cards
-from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.engine import Generated, Messages
 from emergency_kit.knowledge.cards import Card
 from emergency_kit.knowledge.emergency_numbers import find_country, localise
 

@@ -23,7 +23,7 @@ from emergency_kit.evaluation.kept_answers import Answers, answer_key
 from emergency_kit.evaluation.console import Progress
 from emergency_kit.evaluation.division import bring_together, deal
 from emergency_kit.evaluation.purpose_file import make_file
-from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.engine import Generated, Messages
 from emergency_kit.model import backend
 from emergency_kit.model.process_memory import cores
 from emergency_kit.training import ranks
@@ -145,7 +145,7 @@ def open_contestant(resolved: Resolved, spec: str, name: str = "") -> Contestant
     if spec == "base":
         backend.require_base(config.model)
     if path.suffix == ".gguf":
-        from emergency_kit.inference.engines import check_model
+        from emergency_kit.inference.engine import check_model
 
         check_model(path, config.model)
         digest = artifacts.hash_file(path)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Sequence, TypeVar
 
-from emergency_kit.inference.engines import Messages
+from emergency_kit.inference.engine import Messages
 from emergency_kit.training import ranks
 
 T = TypeVar("T")

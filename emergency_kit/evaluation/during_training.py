@@ -17,7 +17,7 @@ from emergency_kit.errors import DataError
 from emergency_kit.evaluation.division import bring_together, deal
 from emergency_kit.evaluation.metrics import BY_NAME, score, values_of
 from emergency_kit.inference.torch_engine import Engine
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import load_cards
 from emergency_kit.model.backend import Loaded
 from emergency_kit.training import ranks

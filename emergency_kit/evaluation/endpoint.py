@@ -13,7 +13,7 @@ from typing import Callable, Sequence
 from emergency_kit.errors import ModelError
 from emergency_kit.evaluation.contestant import Report, run_each
 from emergency_kit.evaluation.wire import Client, WireError, read_key
-from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.engine import Generated, Messages
 from emergency_kit.training import ranks
 
 TIMEOUT_SECONDS = 300.0

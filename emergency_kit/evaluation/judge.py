@@ -26,7 +26,7 @@ from emergency_kit.evaluation.metrics import Scored
 from emergency_kit.evaluation.providers import Service
 from emergency_kit.evaluation.statistics import agreement
 from emergency_kit.evaluation.wire import WireError
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import load_cards
 
 CRITERIA = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from emergency_kit.artifacts import hash_json
-from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.engine import Generated, Messages
 from emergency_kit.training import ranks
 
 CHECK_LETTERS = 16

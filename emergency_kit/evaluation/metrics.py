@@ -14,7 +14,7 @@ from emergency_kit.data.format import Record
 from emergency_kit.evaluation.safety import Safety, assess
 from emergency_kit.evaluation.statistics import Interval, bootstrap_mean, wilson
 from emergency_kit.evaluation.structure import Checks, check_answer
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import Card
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Sequence
 
 from emergency_kit.data.format import parse_answer, parse_json_answer, read_answer
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import normalise
 
 LOOP_WORDS = 12

@@ -19,7 +19,7 @@ from emergency_kit.config import Resolved
 from emergency_kit.export.merge import load_merged, on_cpu
 from emergency_kit.export.progress import report_while
 from emergency_kit.export.weights import Weights
-from emergency_kit.inference.engines import Generated, Messages
+from emergency_kit.inference.engine import Generated, Messages
 from emergency_kit.inference.torch_engine import Engine
 from emergency_kit.model import backend
 from emergency_kit.model.head import find_head

@@ -21,7 +21,7 @@ from emergency_kit.config import Resolved
 from emergency_kit.data.format import build_messages, locate_lines, read_answer, shown_cards
 from emergency_kit.errors import DataError
 from emergency_kit.inference import schemas
-from emergency_kit.inference.engines import Messages, Stream, check_length, open_engine
+from emergency_kit.inference.engine import Messages, Stream, check_length, open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.guard import CHOICES, guard_found
 from emergency_kit.inference.guard import Line as GuardedLine

@@ -18,7 +18,7 @@ from typing import Iterator
 from emergency_kit.config import InferenceConfig, Resolved
 from emergency_kit.data.format import build_messages, read_answer, shown_cards
 from emergency_kit.errors import DataError, Interrupted, ModelError, UsageError
-from emergency_kit.inference.engines import Stream, check_model, open_engine
+from emergency_kit.inference.engine import Stream, check_model, open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.guard import Guarded, guard_found
 from emergency_kit.inference.show import Page, explain

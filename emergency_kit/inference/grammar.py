@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from emergency_kit.data.format import SECTIONS
 from emergency_kit.errors import ModelError
-from emergency_kit.inference.engines import repeats_itself
+from emergency_kit.inference.engine import repeats_itself
 
 if TYPE_CHECKING:
     import torch

@@ -1,4 +1,4 @@
-"""LlamaEngine: answers from a GGUF file by llama.cpp, with the methods and results of `engine.Engine`.
+"""LlamaEngine: answers from a GGUF file by llama.cpp, with the methods and results of `torch_engine.Engine`.
 
 In: chat messages of `data/format.py`. Out: what the model wrote, never cleaned. llama.cpp (xllamacpp) runs in this
 process; several answers are generated at once, one a slot, and a slot keeps what its last prompt began with,
@@ -24,7 +24,7 @@ from typing import Any, Callable, Iterator, Sequence
 
 from emergency_kit.data.tokenize import encode_prompt
 from emergency_kit.errors import ModelError
-from emergency_kit.inference.engines import Generated, Messages, Progress, State, Stream, check_length
+from emergency_kit.inference.engine import Generated, Messages, Progress, State, Stream, check_length
 from emergency_kit.inference.grammar import check_grammar
 from emergency_kit.model.process_memory import cores
 
@@ -39,7 +39,7 @@ CACHE_MIB, BATCH_TOKENS, STEP_TOKENS, PIECE_TOKENS = 512, 256, 128, 64
 # Drafts: where the last DRAFT_MATCH tokens stood before, the DRAFT_TOKENS that followed them there are computed at once, and those that the model chooses
 # itself, under the grammar, are kept. An answer copies its card's lines, so one in two is (benchmarks/RESULTS.md).
 DRAFT_MATCH, DRAFT_TOKENS = 5, 5
-# Nothing of llama.cpp's own defaults (top-k 40, top-p 0.95): the distribution is the model's, as in `engine.Engine`.
+# Nothing of llama.cpp's own defaults (top-k 40, top-p 0.95): the distribution is the model's, as in `torch_engine.Engine`.
 PLAIN_SAMPLING = {"samplers": ["temperature"], "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repeat_penalty": 1.0}
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from emergency_kit.config import Resolved
 from emergency_kit.errors import UsageError
-from emergency_kit.inference.engines import check_model
+from emergency_kit.inference.engine import check_model
 from emergency_kit.knowledge.emergency_numbers import find_country
 
 # A client that has not sent its whole head by then is cut off; an idle connection, too.

@@ -16,7 +16,7 @@ from transformers import Cache
 
 from emergency_kit.data.tokenize import encode_prompt, end_of_turn
 from emergency_kit.inference import kv_cache
-from emergency_kit.inference.engines import Generated, Messages, Progress, State, Stream, check_length, repeats_itself
+from emergency_kit.inference.engine import Generated, Messages, Progress, State, Stream, check_length, repeats_itself
 from emergency_kit.inference.grammar import Constraint, build_tokenizer
 from emergency_kit.model.backend import Loaded
 

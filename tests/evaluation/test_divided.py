@@ -21,7 +21,7 @@ from emergency_kit.evaluation.kept_answers import Answers
 from emergency_kit.evaluation.division import deal
 from emergency_kit.evaluation.during_training import MEASURED, build_scorer
 from emergency_kit.evaluation.run import evaluate
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.training import checkpoint
 from emergency_kit.training.run import train
 from tests.training.test_ranks import MORE, PROCESSES, ranks_of, wait_for

@@ -12,7 +12,7 @@ from emergency_kit.errors import ModelError, UsageError, VerdictError
 from emergency_kit.evaluation.gate import decide, gate
 from emergency_kit.evaluation.metrics import Answered, score
 from emergency_kit.evaluation.report import build_report
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import load_cards
 
 CARDS = load_cards()

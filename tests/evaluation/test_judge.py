@@ -10,7 +10,7 @@ from emergency_kit.errors import UsageError
 from emergency_kit.evaluation import wire
 from emergency_kit.evaluation.judge import CRITERIA, judge, read_scores
 from emergency_kit.evaluation.metrics import score
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import load_cards
 from tests.evaluation.server import SCORES, question_of, serve, wrap
 

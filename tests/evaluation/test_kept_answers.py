@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from emergency_kit.evaluation.kept_answers import Answers, answer_key
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
 

@@ -10,7 +10,7 @@ from emergency_kit.evaluation.metrics import BY_NAME, Answered, measure, score
 from emergency_kit.evaluation.page import render_html
 from emergency_kit.evaluation.report import build_report, failing_samples
 from emergency_kit.evaluation.run import evaluate, select_records
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 from emergency_kit.knowledge.cards import load_cards
 from tests.tiny import resolve, save_tiny_model
 

@@ -4,7 +4,7 @@ import pytest
 
 from emergency_kit.data.format import Answer, render_answer
 from emergency_kit.evaluation.structure import check_answer, find_loop
-from emergency_kit.inference.engines import Generated
+from emergency_kit.inference.engine import Generated
 
 ANSWER = Answer(("The pan burns.",), ("Who is near?",), ("Oil burns hot.",), ("Turn off the heat.", "Cover the pan."))
 TEXT = render_answer(ANSWER)

@@ -9,7 +9,7 @@ from emergency_kit.data.format import build_messages, read_answer
 from emergency_kit.errors import ModelError
 from emergency_kit.export.gguf import export_gguf
 from emergency_kit.inference.torch_engine import Engine
-from emergency_kit.inference.engines import open_engine
+from emergency_kit.inference.engine import open_engine
 from emergency_kit.inference.grammar import build_grammar
 from emergency_kit.inference.llama_engine import LlamaEngine, _build_request
 from emergency_kit.model import backend
@@ -208,7 +208,7 @@ def test_open_engine_picks_by_the_path(gguf, folder):
 
 
 def test_an_answer_that_goes_round_ends_at_the_first_step_that_stood_before():
-    from emergency_kit.inference.engines import State, Stream, repeats_itself
+    from emergency_kit.inference.engine import State, Stream, repeats_itself
 
     text = "GUIDANCE\n1. Call 112.\n2. Do not run.\n3. Call 112.\n4. Do not run.\n5. Call"
 

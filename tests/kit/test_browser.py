@@ -19,7 +19,7 @@ import yaml
 from rapidfuzz import fuzz
 
 from emergency_kit.data.format import SYSTEM_PROMPT, build_messages, locate_lines, shown_cards
-from emergency_kit.inference.engines import repeats_itself
+from emergency_kit.inference.engine import repeats_itself
 from emergency_kit.inference.guard import guard
 from emergency_kit.knowledge.cards import load_cards, normalise
 from emergency_kit.knowledge.emergency_numbers import find_country, load_numbers, localise
