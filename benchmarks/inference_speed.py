@@ -34,12 +34,12 @@ def prompts(rounds: int, last: bool = False) -> list[list[dict[str, str]]]:
 
 
 class Llama:
-    """llama.cpp behind `LlamaEngine` as `infer` and `serve` open it, grammar off, so that both write freely."""
+    """llama.cpp as `infer` and `serve` open it, grammar off, so that both write freely."""
 
     def __init__(self, path: Path, slots: int):
-        from emergency_kit.inference.llama_engine import LlamaEngine
+        from emergency_kit.inference.engine import open_engine
 
-        self.engine = LlamaEngine(path, slots, drafts=True)
+        self.engine: Any = open_engine(load_config("embedded").config.model, path, slots)
 
     def one(self, messages: list[dict[str, str]]) -> tuple[float, float]:
         """`(seconds to the first token, tokens/s after it)`."""

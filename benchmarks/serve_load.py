@@ -1,7 +1,7 @@
 """Load and fuzzing of `emergency-kit serve`: errors, times and memory over minutes, on loopback.
 
-In: a checkpoint, by default outputs/gguf/final-q4_k_m.gguf, or where that is not, the bundled base model as q4_k_m made here. Out: one line a minute, then a summary as
-JSON; exit 1 on any error, or where memory grew. Run: `make bench-serve` (30 minutes), `make fuzz-serve` (100,000 requests).
+In: a checkpoint, by default outputs/gguf/final-q4_k_m.gguf, or where that is not, the bundled base model as
+q4_k_m made here. Out: one line a minute, then a summary as JSON; exit 1 on any error, or where memory grew. Run: `make bench-serve` (30 minutes), `make fuzz-serve` (100,000 requests).
 Memory is flat when the median of the last third of the samples is within 2 % + 8 MB of that of the middle third
 (fuzzing: of the last three parts of ten, and of the first three).
 """

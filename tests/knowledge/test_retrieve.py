@@ -87,8 +87,8 @@ def test_hits_are_ranked_with_the_words_that_matched(retriever: Retriever) -> No
     assert "grease" in found.describe(CARDS).lower() or "pan" in found.describe(CARDS).lower()
 
 
-@pytest.mark.parametrize("half", HALVES)
-def test_two_emergencies_at_once_give_two_cards_and_one_gives_one(half: str) -> None:
+@pytest.mark.parametrize("half, least_shown, least_trusted", [("development", 0.75, 0.45), ("test", 0.65, 0.18)])
+def test_two_emergencies_at_once_give_two_cards_and_one_gives_one(half: str, least_shown: float, least_trusted: float) -> None:
     """Of scenarios with two hazards, how many of these are shown; of others, how few get a second card that is trusted."""
     retriever = Retriever(CARDS, 2)
     found = [(case["hazards"], retriever.find(case["text"])) for case in HALVES[half] if case["hazards"]]
@@ -96,7 +96,7 @@ def test_two_emergencies_at_once_give_two_cards_and_one_gives_one(half: str) -> 
     shown, trusted = np.mean([len(right & set(answer.ids)) / 2 for right, answer in two]), np.mean([answer.fits == 2 for _, answer in two])
     doubled = np.mean([answer.fits == 2 for right, answer in found if len(right) == 1])
     print(f"{half}: of {len(two)} with two hazards {shown:.3f} of them shown, two trusted in {trusted:.3f}; two trusted where one is {doubled:.3f}")
-    assert len(two) > 20 and shown > 0.6 and trusted > 0.15 and doubled < 0.05
+    assert len(two) > 20 and shown > least_shown and trusted > least_trusted and doubled < 0.04
 
 
 def test_no_more_than_top_k_cards() -> None:
