@@ -69,6 +69,7 @@ class RunFacts:
     earlier_seconds: float = 0.0
     counters: Counters = field(default_factory=Counters)
     compute_type: str = ""
+    int8_backward: bool = False
     pieces: int = 1
     pass_rows: int = 1
     first: dict[str, Any] | None = None
@@ -185,7 +186,7 @@ def training_state(trainer: "KitTrainer", summary: dict[str, Any] | None) -> dic
         "seeds": {"training": facts.resolved.config.training.seed, "dataset": facts.resolved.config.dataset.build_seed},
         "data_order": {"epoch": int(state.epoch or 0), "rows": facts.rows, "step_rows": facts.step_rows,
                        "rows_seen": state.global_step * facts.step_rows},
-        **dataclasses.asdict(facts.counters), "compute_type": facts.compute_type, "pieces": facts.pieces, "pass_rows": facts.pass_rows, "wall_seconds": facts.wall_seconds,
+        **dataclasses.asdict(facts.counters), "compute_type": facts.compute_type, "int8_backward": facts.int8_backward, "pieces": facts.pieces, "pass_rows": facts.pass_rows, "wall_seconds": facts.wall_seconds,
         "stream": trainer.train_dataset.state_at(state.global_step * facts.step_rows) if isinstance(trainer.train_dataset, StreamRows) else None,
         "run_id": facts.run_id, "identity": facts.identity, "processes": ranks.world(), "loss_carry": trainer.loss_carry(), "evaluation_due": trainer.evaluation_due,
         "best_metric": min((entry["loss"] for entry in validation), default=None),

@@ -45,7 +45,10 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
         loaded.notes.append(f"engine modules ({'by config' if training.engine == 'modules' else f'fused is not for {reason}'})")
     else:
         fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, bool(training.gradient_checkpointing), training.neftune_noise_alpha, row_tokens)
-        loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}")
+        if integers := goes_back_in_integers(training, causal_lm.device.type, str(fused.dtype).removeprefix("torch."), fused.four_bit):
+            fused.go_back_in_integers()
+        loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}"
+                            f"{', gradients back through frozen weights in int8' if integers else ''}")
     if loaded.owns_loss:
         return None
     # Weights that FSDP divides are on the CPU until then.
@@ -60,6 +63,19 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
         loaded.notes.append("rows end to end, without padding")
     loss.install(causal_lm, fused, training.neftune_noise_alpha, unpadded, training.label_smoothing_factor)
     return fused
+
+
+def goes_back_in_integers(training: TrainingConfig, device: str, dtype: str, four_bit: bool) -> bool:
+    """Whether `fused` multiplies gradients by frozen weights in 8-bit integers, here and now. Raises TrainingError where the config asks for it and it cannot be."""
+    from emergency_kit.model import compute
+
+    if training.int8_backward is False:
+        return False
+    reason = f"a {'GPU' if device == 'cuda' else device}" if device != "cpu" else f"compute type {dtype}" if dtype != "float32" \
+        else "4-bit weights" if four_bit else "a CPU whose sums of 8-bit products are not exact" if not compute.measured_integer_gain() else ""
+    if reason and training.int8_backward is True:
+        raise TrainingError(f"training.int8_backward is true, which is not for {reason}; next: --set training.int8_backward=auto")
+    return not reason and (training.int8_backward is True or compute.measured_integer_gain() >= compute.LEAST_INTEGER_GAIN)
 
 
 def beyond_plain_loss(training: TrainingConfig) -> str:

@@ -50,7 +50,8 @@ class Workload:
 @dataclass(frozen=True)
 class Setting:
     """How it is computed. compute_bytes: of the compute type; fused: the engine; on_gpu, four_bit; eager: attention keeps its probabilities.
-    recompute: activations are made again on the way back; kept_layers: of how many layers `fused` keeps them nevertheless."""
+    recompute: activations are made again on the way back; kept_layers: of how many layers `fused` keeps them nevertheless. integers: gradients go back
+    through a second copy of the frozen weights, in 8-bit integers."""
 
     compute_bytes: int
     fused: bool
@@ -60,6 +61,7 @@ class Setting:
     recompute: bool
     dropout: bool
     kept_layers: int = 0
+    integers: bool = False
 
 
 def ranks(shape: Shape, lora: LoraSection) -> dict[str, int]:
@@ -91,6 +93,8 @@ def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload,
         # Stacked gradients as wide as their modules, one copy on their way to the parameters, the stacked A and the weights' adapter columns.
         stacks = shape.layers * sum(ranks(shape, lora)[group] * (_inputs(shape, group) + _outputs(shape, group)) for group in GROUPS)
         learned |= {"adapters' gradients": 2.0 * trained + stacks * FLOAT, "stacked adapters": float(stacks * setting.compute_bytes)}
+        if setting.integers:
+            learned["frozen weights in 8-bit integers"] = float(shape.linear_parameters)
         if work.sizes:
             learned["oneDNN's compiled products"] = ONEDNN_BYTES * min(ONEDNN_KEPT, SIZE_PRODUCTS * work.sizes + BLOCK_PRODUCTS * work.blocks)
         logits = float(fused_logits_bytes(shape, setting, work))
@@ -150,6 +154,9 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
                         + 2 * inner + hidden + max(r.values()))
     spent += most * b * seen  # dq, dk, dv
     spent += b * ((heads + seen) * most if flash else 3 * shape.heads * block * work.longest + 3 * heads * work.longest + 2 * heads * block)
+    if setting.integers:  # a gradient turned and in integers, sums
+        outputs = max(_outputs(shape, group) for group in GROUPS)
+        spent += most * (outputs * (FLOAT + 1) + widest * FLOAT)
     if setting.four_bit:  # spread out, by group, and the largest module's once more
         spent += b * (sum(_outputs(shape, group) * (_inputs(shape, group) + r[group]) for group in GROUPS) + max(i * o for i, o in shape.linears.values()))
     spent += fused_logits_bytes(shape, setting, work) + 4 * work.supervised * hidden * b

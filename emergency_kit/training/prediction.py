@@ -63,14 +63,16 @@ class Plan:
 def setting_of(resolved: Resolved, shape: Shape, on_gpu: bool) -> Setting:
     """How this config will be computed; the choices are those of model/backend.py and training/engine.py, without loading."""
     from emergency_kit.model.backend import pick_attention, pick_device, pick_dtype
+    from emergency_kit.training.engine import goes_back_in_integers
 
     model, training, lora = resolved.config.model, resolved.config.training, resolved.config.lora
     device = "cuda" if on_gpu else pick_device(model)
     dtype = "bfloat16" if on_gpu and model.dtype == "auto" else str(pick_dtype(model, device)).removeprefix("torch.")
     plain = training.finetuning_type == "lora" and not (training.label_smoothing_factor or lora.use_dora or lora.modules_to_save)
     fused = plain and training.engine != "modules" and dtype != "float16" and shape.family in FAMILIES and not shape.slides
+    integers = fused and goes_back_in_integers(training, device, dtype, model.load_in_4bit)
     return Setting(compute_bytes=4 if dtype == "float32" else 2, fused=fused, on_gpu=device == "cuda", four_bit=model.load_in_4bit,
-                   eager=pick_attention(model, device) == "eager", recompute=bool(training.gradient_checkpointing), dropout=resolved.config.lora.dropout > 0)
+                   eager=pick_attention(model, device) == "eager", recompute=bool(training.gradient_checkpointing), dropout=resolved.config.lora.dropout > 0, integers=integers)
 
 
 def make(resolved: Resolved, shape: Shape, rows: dict[str, Any], room: float | None, reason: str = "", process_bytes: int | None = None) -> Plan:

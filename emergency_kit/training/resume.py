@@ -29,7 +29,7 @@ NEUTRAL = {"model.name", "model.device", "training.output_dir", "training.model_
            "training.eval_strategy", "training.save_strategy", "training.early_stopping_patience", "training.early_stopping_threshold",
            "training.load_best_model_at_end", "training.rank_timeout_seconds", "training.metric_for_best_model", "training.best_samples", "training.max_gpu_memory_gb"}
 # These only change how sums are rounded: the run goes on, and it is said that bits will differ.
-ROUNDING = {"model.attn_implementation", "model.backend", "training.engine", "training.prefix_sharing", "training.gradient_checkpointing"}
+ROUNDING = {"model.attn_implementation", "model.backend", "training.engine", "training.prefix_sharing", "training.gradient_checkpointing", "training.int8_backward"}
 # Compared by what they lead to: tokens, effective batch, number of steps.
 DERIVED = {"model.max_seq_length", "model.revision", "training.per_device_train_batch_size", "training.gradient_accumulation_steps", "training.keep_effective_batch",
            "training.num_epochs", "training.max_steps", "lora.adapter"}

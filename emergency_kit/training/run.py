@@ -215,6 +215,8 @@ def _train(run: _Run, stop: Stop) -> Path:
     model, rows = config.model, run.rows
     if state.get("compute_type") and model.dtype == "auto":
         model = model.model_copy(update={"dtype": state["compute_type"]})
+    if state and training.int8_backward == "auto" and not state.get("int8_backward"):
+        training = training.model_copy(update={"int8_backward": False})
     resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
     loaded = load_for_training(model, config.lora, bool(training.gradient_checkpointing), training.seed, training.finetuning_type == "full",
                                needs=engine.beyond_plain_loss(training), first=resumed_first, sharded=ranks.is_sharded())
@@ -227,7 +229,7 @@ def _train(run: _Run, stop: Stop) -> Path:
     facts = checkpoint.RunFacts(
         resolved=run.resolved, dataset_hash=run.data_hash, tokenizer=loaded.tokenizer, identity=run.identity, run_id=run.record.begin(state.get("run_id")) if run.record else "",
         compute_type=str(engine.compute_type(model)).removeprefix("torch."), rows=len(rows["train"]), step_rows=run.plan["effective_batch"],
-        resumed_from=run.start.checkpoint, stale=run.start.stale, place=checkpoint.place_of(run.final.parent), pieces=int(state.get("pieces", 1)),
+        int8_backward=bool(fused and fused.in_integers), resumed_from=run.start.checkpoint, stale=run.start.stale, place=checkpoint.place_of(run.final.parent), pieces=int(state.get("pieces", 1)),
         pass_rows=pass_rows, first=loaded.first)
     if state:
         facts.counters = checkpoint.Counters(**{field.name: state.get(field.name, field.default) for field in dataclasses.fields(checkpoint.Counters)})

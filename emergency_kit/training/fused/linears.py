@@ -4,6 +4,7 @@ With h the input, W the stacked frozen weights, A the stacked and B the block-di
 y = [h, z] [W, sB]^T with z = dropout(h) A^T, and backward [dh, dz] = dy [W, sB]. So the thin products y += zB and
 dz = dyB ride on the thick ones. The stacked weight takes the place of the modules' own, which become views of it;
 weights in 4-bit stay as they are and are spread out into a scratch tensor for every product, once for a layer's way back.
+Where gradients go back in integers, dz is a product of its own.
 Dropout is drawn once for an input, where PEFT draws it once for every module that reads it: the same expectation.
 Its masks are rows of one table drawn for the step, from a random row on for each input: independent from token to
 token, and one pass over the input to apply.
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.training.fused import elementwise
+from emergency_kit.training.fused.integers import IntegerWeight
 
 
 @dataclass
@@ -33,7 +35,8 @@ class Adapter:
 
 class Linears:
     """weight: (outputs, inputs + ranks), of 4-bit modules the last columns alone; stacked_a: (ranks, inputs); gradients of both adapters'
-    stacks in float32. name: of the group, for the scratch tensor of 4-bit weights."""
+    stacks in float32. name: of the group, for the scratch tensor of 4-bit weights. in_integers: multiply gradients by the frozen weights in 8-bit
+    integers, which are made when the first one comes back."""
 
     def __init__(self, name: str, modules: list[torch.nn.Module]):
         bases = [_base(module) for module in modules]
@@ -52,6 +55,8 @@ class Linears:
                 rank += len(a)
             row += base.out_features
         self.ranks = rank
+        self.in_integers = False
+        self.integers: IntegerWeight | None = None
         first = bases[0].weight
         self.quantised = [base.weight for base in bases] if hasattr(first, "quant_state") else []
         dtype = first.quant_state.dtype if self.quantised else first.dtype
@@ -122,10 +127,8 @@ class Linears:
 
         h: (tokens, inputs + ranks) as `forward` left it.
         """
-        torch.mm(dy, self.whole(scratch), out=out)
-        dh = out[:, :self.inputs]
+        dh, dz = self._products_back(dy, out, scratch)
         if self.ranks:
-            dz = scratch("z", len(h), self.ranks).copy_(out[:, self.inputs:])
             _add_product(self.gradient_b, dy.t(), h[:, self.inputs:])
             _add_product(self.gradient_a, dz.t(), self._read(h, kept, scratch))
             if kept is None:
@@ -133,6 +136,16 @@ class Linears:
             else:
                 elementwise.add_masked(dh, torch.mm(dz, self.stacked_a, out=scratch("back", len(h), self.inputs)), kept)
         return dh
+
+    def _products_back(self, dy: Tensor, out: Tensor, scratch: Any) -> tuple[Tensor, Tensor]:
+        """Frozen part of dh, a view of out, and dz."""
+        dh, dz = out[:, :self.inputs], scratch("z", len(dy), self.ranks)
+        if not self.in_integers:
+            torch.mm(dy, self.whole(scratch), out=out)
+            return dh, dz.copy_(out[:, self.inputs:])
+        if self.integers is None:
+            self.integers = IntegerWeight(self.weight[:, :self.inputs])
+        return self.integers.product(dy, dh, scratch), torch.mm(dy, self.weight[:, self.inputs:], out=dz)
 
     def _read(self, h: Tensor, kept: Tensor | None, scratch: Any) -> Tensor:
         read = h[:, :self.inputs]

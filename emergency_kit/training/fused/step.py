@@ -80,6 +80,21 @@ class FusedStep:
         """What one layer that is kept takes, for passes as large as any so far that was computed while one was not kept."""
         return sum(tensor.nbytes for name, tensor in self.kept.memory.items() if not name[0].isdigit())
 
+    @property
+    def four_bit(self) -> bool:
+        """Whether the frozen weights are 4-bit."""
+        return any(one.quantised for one in self.linears)
+
+    @property
+    def in_integers(self) -> bool:
+        """Whether gradients go through the frozen weights in 8-bit integers."""
+        return any(one.in_integers for one in self.linears)
+
+    def go_back_in_integers(self) -> None:
+        """Gradients go through the frozen weights in 8-bit integers from here on (fused/integers.py); for float32 on a CPU."""
+        for one in self.linears:
+            one.in_integers = True
+
     def keep_none(self) -> None:
         """Make every layer's activations again from here on, and give back what kept ones took."""
         self.kept_layers = 0
