@@ -25,21 +25,32 @@ Blocks = list[list[attention.Block]]
 
 
 class Buffers:
-    """Named flat memory that grows to the largest use and is used again. content: of some names, whose values they hold."""
+    """Named flat memory that grows to the largest use and is used again. content: of some names, whose values they hold.
+    views: those of a step, since making one takes as long as a small operation; `FusedStep` forgets them, or shapes would pile up."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.memory: dict[str, Tensor] = {}
+        self.views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self.content: dict[str, Any] = {}
 
     def __call__(self, name: str, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor of the shape, its content undefined."""
-        size = math.prod(shape)
-        held = self.memory.get(name)
-        if held is None or held.numel() < size:
-            self.memory.pop(name, None)
-            held = self.memory[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
-        return held[:size].view(shape)
+        view = self.views.get((name, shape))
+        if view is None:
+            size = math.prod(shape)
+            held = self.memory.get(name)
+            if held is None or held.numel() < size:
+                self.memory.pop(name, None)
+                self.views.clear()
+                held = self.memory[name] = torch.empty(size, dtype=dtype or self.dtype, device=self.device)
+            view = self.views[name, shape] = held[:size].view(shape)
+        return view
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self.memory.clear()
+        self.views.clear()
 
 
 @dataclass

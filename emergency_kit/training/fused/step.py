@@ -98,7 +98,7 @@ class FusedStep:
     def keep_none(self) -> None:
         """Make every layer's activations again from here on, and give back what kept ones took."""
         self.kept_layers = 0
-        self.kept.memory.clear()
+        self.kept.clear()
 
     @torch.no_grad()
     def run(self, rows: list[Row], divisor: Tensor | int | None, backward: bool) -> tuple[Tensor, list[Tensor]]:
@@ -117,6 +117,8 @@ class FusedStep:
             divisor = max(1, sum(int((row.labels[1:] != IGNORE).sum()) for row in rows))
         most_rows, most_tokens = pass_limits(self.pass_rows, self.row_tokens, self.device.type == "cuda", self.dtype.itemsize)
         plan = self.last_plan = plan_step(rows, most_rows, self.share and not noisy, most_tokens)
+        for buffers in (self.scratch, self.kept, self.shared_kept):
+            buffers.views.clear()
         self.scratch.content.clear()  # the adapters in it are of the step before
         if self.largest_pass_only:
             plan.passes = [max(plan.passes, key=lambda part: part.tokens)]
