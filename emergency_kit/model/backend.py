@@ -55,9 +55,9 @@ class Backend(Protocol):
 
     owns_loss: bool
 
-    def load(self, model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False) -> Loaded:
+    def load(self, model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False, tokenizer: Any = None) -> Loaded:
         """The frozen base model, quantised where the config says so, in training mode; `full`: float32, every weight trained; `sharded`: about to be
-        divided by FSDP, on the CPU but in 4-bit."""
+        divided by FSDP, on the CPU but in 4-bit. tokenizer: the model's, where it is loaded already."""
 
     def attach(self, loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int,
                first: "dict[str, torch.Tensor] | None" = None) -> None:
@@ -156,17 +156,17 @@ def _import_backend(name: str) -> Backend:
 
 
 def load_for_training(model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, full: bool = False, needs: str = "",
-                      first: "dict[str, torch.Tensor] | None" = None, sharded: bool = False) -> Loaded:
+                      first: "dict[str, torch.Tensor] | None" = None, sharded: bool = False, tokenizer: Any = None) -> Loaded:
     """The base model with float32 adapters on it, fresh or `lora.adapter`'s, in training mode; `full`: all its weights trained instead.
 
-    needs: a reason to pass Unsloth by. sharded: as `Backend.load`. first: the adapters' first values where a run with `lora.init` is gone on with.
+    needs: a reason to pass Unsloth by. sharded, tokenizer: as `Backend.load`. first: the adapters' first values where a run with `lora.init` is gone on with.
     """
     choice = choose(model, needs or beyond_unsloth(model, lora, full))
     require_base(model)
     if lora.adapter and check_checkpoint(Path(lora.adapter), model) != "adapter":
         raise ModelError(f"lora.adapter {lora.adapter}: a full model, not an adapter; name it as model.name instead")
     backend = _import_backend(choice.name)
-    loaded = backend.load(model, choice.device, gradient_checkpointing, full, sharded)
+    loaded = backend.load(model, choice.device, gradient_checkpointing, full, sharded, tokenizer)
     if not full:
         backend.attach(loaded, model, lora, gradient_checkpointing, seed, first)
     loaded.owns_loss = backend.owns_loss

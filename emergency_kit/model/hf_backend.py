@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 owns_loss = False
 
 
-def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False) -> Loaded:
+def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False, tokenizer: Any = None) -> Loaded:
     """See `Backend.load`. In 4-bit: NF4 with double quantisation; embedding, head and norms stay in the compute type."""
     dtype = pick_dtype(model, device)
     options: dict[str, Any] = {}
@@ -36,7 +36,7 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
                                                             bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=dtype if sharded else torch.uint8)
     elif sharded:
         options["device_map"] = None  # it need not fit a GPU: it is divided on its way there
-    loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", **options)
+    loaded = load_model(base_name(model), model, torch.float32 if full else dtype, kind="base", tokenizer=tokenizer, **options)
     base = loaded.model
     if device == "cpu":
         _keep_4bit(base)
@@ -111,9 +111,9 @@ def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtyp
     return loaded
 
 
-def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: str, tokenizer: str | None = None,
+def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: str, tokenizer: Any = None,
                **options: Any) -> Loaded:
-    """A base or merged model by folder or Hub id, in evaluation mode on the picked device."""
+    """A base or merged model by folder or Hub id, in evaluation mode on the picked device. tokenizer: one that is loaded, or the folder of another than the model's."""
     device = pick_device(model)
     dtype = dtype or pick_dtype(model, device)
     attention = pick_attention(model, device)
@@ -129,7 +129,9 @@ def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: 
             raise ModelError(hub.explain(error, f"model {name}", name, revision)) from None
         finally:
             logging.enable_progress_bar()
-    return Loaded(loaded.eval(), load_tokenizer(tokenizer or name, None if tokenizer else revision), kind, name)
+    if tokenizer is None or isinstance(tokenizer, str):
+        tokenizer = load_tokenizer(tokenizer or name, None if tokenizer else revision)
+    return Loaded(loaded.eval(), tokenizer, kind, name)
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:

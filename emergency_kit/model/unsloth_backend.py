@@ -8,6 +8,7 @@ of training was made on it.
 from __future__ import annotations
 
 import os
+from typing import Any
 from pathlib import Path
 
 # A count of users, fetched from the Hub with every load. No download is meant to happen unseen.
@@ -25,7 +26,7 @@ from emergency_kit.model.backend import Loaded, base_name, pick_dtype
 owns_loss = True
 
 
-def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False) -> Loaded:
+def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: bool = False, sharded: bool = False, tokenizer: Any = None) -> Loaded:
     """See `Backend.load`; never `full` nor `sharded`. Weights are quantised from the named model itself, not taken from Unsloth's copy in 4-bit: the
     adapters then name the model of the config, which `merge` reads in full precision. The tokenizer is the one that the rows were made with."""
     assert not full and not sharded, "backend.choose passes Unsloth by for full fine-tuning and FSDP"
@@ -39,8 +40,7 @@ def load(model: ModelSection, device: str, gradient_checkpointing: bool, full: b
                 load_in_16bit=not model.load_in_4bit, use_exact_model_name=True, use_gradient_checkpointing=_checkpointing(gradient_checkpointing))
         except (OSError, ValueError, RuntimeError, ImportError, AssertionError) as error:
             raise ModelError(hub.explain(error, f"model {name}", name, model.revision, otherwise="or --set model.backend=hf")) from None
-    tokenizer = hf_backend.load_tokenizer(name, model.revision)
-    return Loaded(base, tokenizer, "base", name, [f"Unsloth {unsloth.__version__}, base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}"])
+    return Loaded(base, tokenizer or hf_backend.load_tokenizer(name, model.revision), "base", name, [f"Unsloth {unsloth.__version__}, base weights {'NF4' if model.load_in_4bit else dtype}, compute {dtype}"])
 
 
 def attach(loaded: Loaded, model: ModelSection, lora: LoraSection, gradient_checkpointing: bool, seed: int, first: None = None) -> None:

@@ -27,6 +27,7 @@ from emergency_kit.data.load import Split, open_splits
 from emergency_kit.errors import Interrupted, TrainingError, UsageError
 from emergency_kit.files import check_writable, folder_bytes, remove_leftovers
 from emergency_kit.model.backend import base_name, beyond_unsloth, choose, load_tokenizer, peak_memory_bytes, pick_device, require_base
+from emergency_kit.model.imports import import_transformers
 from emergency_kit.training import checkpoint, lock, ranks, resume, sharding, zero
 from emergency_kit.training.best import best_evaluation, validation_history
 from emergency_kit.training.engine import PROJECT, beyond_plain_loss, causal_lm_of
@@ -90,6 +91,7 @@ class _Run:
 
     resolved: Resolved
     rows: dict[str, Any]
+    tokenizer: Any
     data_hash: str
     plan: dict[str, Any]
     start: resume.Start
@@ -105,6 +107,7 @@ class _Run:
 
 
 def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, accept_changes: bool, record: lock.RunRecord | None, console: Console) -> _Run:
+    import_transformers()
     from emergency_kit.data.cache import load_rows
     from emergency_kit.data.pairs import load_pairs
     from emergency_kit.data.stream import StreamRows, check_streaming
@@ -136,7 +139,7 @@ def _prepare(resolved: Resolved, resume_from: Path | None, overwrite: bool, acce
     identity = resume.build_identity(resolved, rows, tokenizer, plan) if ranks.is_first() else {}
     if start.checkpoint:
         resume.check_same(start, resolved, identity, plan["steps"], accept_changes, console.print)
-    return _Run(resolved, rows, _data_hash(splits) if ranks.is_first() else "", plan, start, identity, record, console)
+    return _Run(resolved, rows, tokenizer, _data_hash(splits) if ranks.is_first() else "", plan, start, identity, record, console)
 
 
 def _data_hash(splits: dict[str, Split]) -> str:
@@ -219,7 +222,7 @@ def _train(run: _Run, stop: Stop) -> Path:
         training = training.model_copy(update={"int8_backward": False})
     resumed_first = _first_values(run.start.checkpoint) if config.lora.init != "default" else None
     loaded = load_for_training(model, config.lora, bool(training.gradient_checkpointing), training.seed, training.finetuning_type == "full",
-                               needs=engine.beyond_plain_loss(training), first=resumed_first, sharded=ranks.is_sharded())
+                               needs=engine.beyond_plain_loss(training), first=resumed_first, sharded=ranks.is_sharded(), tokenizer=run.tokenizer)
     pass_rows = int(state.get("pass_rows") or 1) if training.per_device_train_batch_size == "auto" else training.per_device_train_batch_size
     # `auto` tries the longest rows there are, so that these are what a pass is measured in.
     row_tokens = int(rows["train"].lengths.max()) if training.per_device_train_batch_size == "auto" and training.method == "sft" else model.max_seq_length
