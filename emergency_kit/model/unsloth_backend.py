@@ -8,8 +8,8 @@ of training was made on it.
 from __future__ import annotations
 
 import os
-from typing import Any
 from pathlib import Path
+from typing import Any
 
 # A count of users, fetched from the Hub with every load. No download is meant to happen unseen.
 os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")

@@ -227,6 +227,8 @@ def _train(run: _Run, stop: Stop) -> Path:
     # `auto` tries the longest rows there are, so that these are what a pass is measured in.
     row_tokens = int(rows["train"].lengths.max()) if training.per_device_train_batch_size == "auto" and training.method == "sft" else model.max_seq_length
     fused = engine.install_engine(loaded, training, pass_rows, row_tokens)
+    if state.get("int8_backward") and not (fused and fused.in_integers):
+        loaded.notes.append("gradients went back in int8 before and do not here: the run goes on, not bit for bit")
     if training.per_device_train_batch_size == "auto" and not state.get("pass_rows"):
         pass_rows = fit.fit_pass(loaded, training, fused, rows["train"], engine.compute_type(model))
     facts = checkpoint.RunFacts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from emergency_kit.artifacts import verify_folder
 from emergency_kit.config import Resolved, load_config
 from emergency_kit.data.tokenize import IGNORE
 from emergency_kit.errors import Interrupted, ModelError, UsageError
+from emergency_kit.model import compute
 from emergency_kit.training import checkpoint
 from emergency_kit.training.batches import StepSampler, collate
 from emergency_kit.training.run import train
@@ -30,10 +32,14 @@ FINAL = {"adapter_config.json", "adapter_model.safetensors", "config.json", "tok
 RESUMABLE = FINAL | {"optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 
 
-def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:
-    return load_config("embedded", settings=[
+def settings_of(tiny: Path, out: Path, *settings: str) -> list[str]:
+    return [
         f"model.name={tiny}", f"training.output_dir={out}", "model.dtype=float32", "dataset.build_size=200", "dataset.max_samples=24", "dataset.max_eval_samples=8",
-        "training.max_steps=6", "training.num_epochs=2", "training.eval_steps=2", "training.save_steps=2", "lora.dropout=0.1", *settings])
+        "training.max_steps=6", "training.num_epochs=2", "training.eval_steps=2", "training.save_steps=2", "lora.dropout=0.1", *settings]
+
+
+def resolve(tiny: Path, out: Path, *settings: str) -> Resolved:
+    return load_config("embedded", settings=settings_of(tiny, out, *settings))
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +100,26 @@ def test_a_resumed_run_ends_bit_identical(run: Path, tiny: Path, tmp_path: Path)
     losses = [[entry["loss"] for entry in checkpoint.load_training_state(folder)["loss_history"]] for folder in
               (run / "checkpoints" / "final", tmp_path / "checkpoints" / "again")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512" or compute.measured_integer_gain() < compute.LEAST_INTEGER_GAIN,
+                    reason="needs a CPU that multiplies integers at twice the speed of float32, and can be told not to")
+def test_a_run_goes_on_with_the_products_that_it_began_with(tiny: Path, tmp_path: Path) -> None:
+    """A process that sees a CPU without VNNI begins without integers, and one that has them goes on so, bit for bit; the other way round it is said."""
+    def poorer(out: Path, *more: str) -> str:
+        settings = [text for setting in settings_of(tiny, out) for text in ("--set", setting)]
+        done = subprocess.run([sys.executable, "-m", "emergency_kit.cli", "train", "--profile", "embedded", *settings, *more], capture_output=True, text=True, check=True,
+                              env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX512_CORE"})
+        return done.stdout
+
+    assert "int8" not in poorer(tmp_path)
+    train(resolve(tiny, tmp_path, "training.model_name=again"), resume_from=tmp_path / "checkpoints" / "checkpoint-4")
+    begun, gone_on = (checkpoint.load_training_state(tmp_path / "checkpoints" / name) for name in ("final", "again"))
+    assert not begun["int8_backward"] and not gone_on["int8_backward"] and gone_on["step"] == 6
+    train(resolve(tiny, tmp_path / "richer"))
+    assert checkpoint.load_training_state(tmp_path / "richer" / "checkpoints" / "final")["int8_backward"]
+    said = poorer(tmp_path / "richer", "--model-name", "again", "--resume-from", str(tmp_path / "richer" / "checkpoints" / "checkpoint-4"))
+    assert "gradients went back in int8 before and do not here" in said
 
 
 def test_a_stop_between_passes_carries_no_loss_of_theirs(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
