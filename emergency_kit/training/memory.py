@@ -135,32 +135,31 @@ def _outputs(shape: Shape, group: str) -> int:
 def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workload) -> tuple[float, float]:
     """`(kept for the way back, scratch)` of the fused engine in bytes, buffer by buffer as fused/layer.py names them.
 
-    Per token and layer it keeps x, middle (hidden each), q, k, v (for products a copy of keys for every query head, for flash attention none),
-    attended, gate_up, z and two norms. With flash attention the elementwise kernels need no room of their own either.
+    Per token and layer it keeps x, middle (hidden each), q, k, v, attended, gate_up, z and two norms. With flash attention the elementwise kernels need no room of their own either.
     """
     r, hidden, inner, heads = ranks(shape, lora), shape.hidden, shape.intermediate, shape.heads * shape.width
-    queries, b = shape.heads * shape.width + 2 * shape.key_heads * shape.width, setting.compute_bytes
+    b = setting.compute_bytes
     flash = setting.on_gpu and b == 2
-    seen = heads + 2 * (shape.key_heads * shape.width if flash else heads)
+    keys = shape.key_heads * shape.width
+    seen = heads + 2 * keys
     rest = (seen + heads + r["o"] + hidden + 2 * inner + r["qkv"] + r["gate_up"] + r["down"]) * b + 2 * FLOAT
     tokens, shared = work.tokens, work.shared
     times = min(shape.layers, setting.kept_layers + 1) if setting.recompute else shape.layers
     kept = tokens * (rest * times + hidden * b * shape.layers) + tokens * hidden * b
-    kept += shared * ((shape.layers - 1) * (rest + hidden * b) + (seen + r["qkv"]) * b + FLOAT + 2 * shape.layers * heads * FLOAT + hidden * b) if shared else 0
+    kept += shared * ((shape.layers - 1) * (rest + hidden * b) + (seen + r["qkv"]) * b + FLOAT + 2 * shape.layers * keys * FLOAT + hidden * b) if shared else 0
     kept += 0 if setting.recompute else work.eval_tokens * rest  # an evaluation's one layer has names of its own
     most, widest = max(tokens, shared, work.eval_tokens), max(hidden, heads, inner)
     block = min(work.longest, 2 * BLOCK)
-    spent = most * b * (queries + hidden + r["qkv"] + 2 * (inner + r["down"]) + (0 if flash else inner + hidden) + max(heads + r["o"], hidden + r["gate_up"], hidden + r["qkv"])
+    spent = most * b * (seen + hidden + r["qkv"] + 2 * (inner + r["down"]) + (0 if flash else inner + hidden) + max(heads + r["o"], hidden + r["gate_up"], hidden + r["qkv"])
                         + 2 * inner + hidden + max(r.values()))
     spent += most * b * seen  # dq, dk, dv
-    spent += b * ((heads + seen) * most if flash else 3 * shape.heads * block * work.longest + 3 * heads * work.longest + 2 * heads * block)
+    spent += b * ((heads + seen) * most if flash else 3 * shape.heads * block * work.longest + 5 * heads * work.longest + 2 * heads * block)
     if setting.integers:  # a gradient turned and in integers, sums
         outputs = max(_outputs(shape, group) for group in GROUPS)
         spent += most * (outputs * (FLOAT + 1) + widest * FLOAT)
     if setting.four_bit:  # spread out, by group, and the largest module's once more
         spent += b * (sum(_outputs(shape, group) * (_inputs(shape, group) + r[group]) for group in GROUPS) + max(i * o for i, o in shape.linears.values()))
     spent += fused_logits_bytes(shape, setting, work) + 4 * work.supervised * hidden * b
-    spent += 2 * heads * work.longest * b if shared else 0  # a node's keys and values laid beside its ancestors'
     spent += ((most + 1024) * widest + 2 * most * widest) * b if setting.dropout else 0
     return float(kept), float(spent)
 

@@ -75,7 +75,7 @@ def test_fused_formulas_are_the_real_buffers(tiny: Path, out: Path, settings: tu
     with torch.no_grad():
         loaded.model(**collate([rows["validation"][row] for row in load.worst_eval], 0))
     real = [sum(tensor.nbytes for tensor in buffers.memory.values()) for buffers in (fused.kept, fused.shared_kept, fused.scratch)]
-    setting = Setting(4, True, False, False, True, config.training.gradient_checkpointing, config.lora.dropout > 0)
+    setting = Setting(4, True, False, False, True, config.training.gradient_checkpointing, config.lora.dropout > 0, integers=fused.in_integers)
     kept, spent = memory.fused_buffers(load_shape(config.model), config.lora, setting, load.work)
     assert kept == pytest.approx(real[0] + real[1], rel=0.1)
     # The formula also counts what lives for a moment outside of the named buffers: loss, masks, keys laid beside each other.

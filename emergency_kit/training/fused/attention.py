@@ -2,7 +2,7 @@
 
 A node's queries see its ancestors' keys in the shared pass, then its own up to themselves; no mask is needed but on
 the diagonal of a block of queries, and no token of another row is ever multiplied. Heads that share keys get a
-copy each: as many products as query heads keep all cores busy where as many as key heads do not.
+copy each while they are multiplied: as many products as query heads keep all cores busy where as many as key heads do not.
 Probabilities grow with the square of a row's length, so they are made again on the way back instead of being kept.
 On a CPU's 16-bit matrix units products have sides of whole tiles, since oneDNN compiles and keeps a program for every shape that it meets: what a
 product takes beyond a node's end is another token's or padding, is masked or zero, and is never read.
@@ -29,7 +29,7 @@ TILE, KEY_TILES, PASS_TILES = 32, 2, 4
 
 @dataclass
 class Keys:
-    """k, v: (heads, tokens, width) of the shared pass in one layer; dk, dv: what its descendants added, float32."""
+    """k, v: (key heads, tokens, width) of the shared pass in one layer; dk, dv: what its descendants added, float32."""
 
     k: Tensor
     v: Tensor
@@ -82,11 +82,12 @@ def reach(part: Pass, plan: list[list[Block]], tokens: int) -> int:
 
 
 def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, out: Tensor, scratch: Any) -> None:
-    """Attention of every node into out, (heads, tokens, width), which may be a view."""
+    """Attention of every node into out, (heads, tokens, width), which may be a view. q: as out; k, v: (key heads, tokens, width)."""
     heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
         seen = blocks[-1].seen
-        keys, values = _path(node, k, above.k if above else k, seen).transpose(1, 2), _path(node, v, above.v if above else v, seen)
+        keys, values = (_path(node, own, shared, seen, heads, scratch, name) for own, shared, name in _named(k, v, above))
+        keys = keys.transpose(1, 2)
         for block in blocks:
             p = _probabilities(q, keys, block, scratch)
             result = torch.bmm(p, values[:, :block.seen], out=scratch("result", heads, block.rows, width))
@@ -102,7 +103,7 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
     heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
         seen = blocks[-1].seen
-        keys, values = _path(node, k, above.k if above else k, seen), _path(node, v, above.v if above else v, seen)
+        keys, values = (_path(node, own, shared, seen, heads, scratch, name) for own, shared, name in _named(k, v, above))
         dkeys, dvalues = scratch("dkeys", *keys.shape), scratch("dvalues", *values.shape)
         by_width, values = keys.transpose(1, 2), values.transpose(1, 2)
         # The last block sees every key, so it comes first and the others add to it.
@@ -165,14 +166,23 @@ def _probabilities(q: Tensor, keys: Tensor, block: Block, scratch: Any) -> Tenso
     return torch.softmax(p, -1, out=p)
 
 
-def _path(node: Node, own: Tensor, shared: Tensor, seen: int) -> Tensor:
-    """Keys or values of a node's ancestors and of itself, and what follows it up to `seen` of them."""
-    mine = own[:, node.start:node.start + seen - sum(end - start for start, end in node.ancestors)]
-    return torch.cat([shared[:, start:end] for start, end in node.ancestors] + [mine], 1) if node.ancestors else mine
+def _named(k: Tensor, v: Tensor, above: Keys | None) -> tuple[tuple[Tensor, Tensor, str], ...]:
+    return (k, above.k if above else k, "keys"), (v, above.v if above else v, "values")
 
 
-def _give_back(node: Node, gradient: Tensor, own: Tensor, shared: Tensor, add: bool) -> None:
-    place = 0
+def _path(node: Node, own: Tensor, shared: Tensor, seen: int, heads: int, scratch: Any, name: str) -> Tensor:
+    """Keys or values of a node's ancestors and of itself, and what follows it up to `seen` of them, a copy for each of the heads."""
+    path = scratch(name, heads, seen, own.shape[-1])
+    copies, place = path.unflatten(0, (len(own), -1)), 0
+    for start, end in node.ancestors:
+        copies[:, :, place:place + end - start] = shared[:, None, start:end]
+        place += end - start
+    copies[:, :, place:] = own[:, None, node.start:node.start + seen - place]
+    return path
+
+
+def _give_back(node: Node, of_heads: Tensor, own: Tensor, shared: Tensor, add: bool) -> None:
+    gradient, place = of_heads.unflatten(0, (len(own), -1)).sum(1), 0
     for start, end in node.ancestors:
         shared[:, start:end] += gradient[:, place:place + end - start]
         place += end - start

@@ -95,8 +95,6 @@ class Layer:
         self.group = config.num_attention_heads // config.num_key_value_heads
         self.epsilon = config.rms_norm_eps
         self.flash = attention.can_flash(self.qkv.weight, head_width)
-        # Flash attention reads the same keys for a group of queries, products need a copy for each.
-        self.copies = 1 if self.flash else self.group
 
     @property
     def linears(self) -> list[Linears]:
@@ -114,7 +112,7 @@ class Layer:
         qkv = scratch("qkv", tokens, self.qkv.outputs)
         self.qkv.forward(h, saved.read["qkv"], qkv, scratch)
         saved.z["qkv"] = kept(slot + "z qkv", tokens, self.qkv.ranks).copy_(h[:, self.qkv.inputs:])
-        saved.q, saved.k, saved.v = (kept(slot + name, self.key_heads * copies, reach, self.width) for name, copies in zip("qkv", (self.group, self.copies, self.copies)))
+        saved.q, saved.k, saved.v = (kept(slot + name, self.key_heads * group, reach, self.width) for name, group in zip("qkv", (self.group, 1, 1)))
         for filled in (saved.q, saved.k, saved.v) if reach > tokens else ():
             filled[:, tokens:] = 0
         q, k, v = self._split(qkv)
@@ -178,8 +176,8 @@ class Layer:
             into_q.zero_()
         else:
             elementwise.rotate(self._by_token(dq[:, :tokens]), rotation.q_cos, rotation.q_sin, into_q, back=True)
-        elementwise.rotate(self._summed(dk[:, :tokens]), rotation.k_cos, rotation.k_sin, into_k, back=True)
-        into_v.copy_(self._summed(dv[:, :tokens]))
+        elementwise.rotate(self._by_token(dk[:, :tokens]), rotation.k_cos, rotation.k_sin, into_k, back=True)
+        into_v.copy_(self._by_token(dv[:, :tokens]))
         h = self._again(saved.x, saved.r1, self.norm1, self.qkv, saved.z["qkv"], scratch)
         dh = self.qkv.backward(dqkv, h, saved.read["qkv"], scratch("dh", tokens, self.qkv.inputs + self.qkv.ranks), scratch)
         if need_input:
@@ -208,12 +206,8 @@ class Layer:
         return x.unflatten(1, (self.key_heads * self.group, self.width)).transpose(0, 1)
 
     def _by_token(self, x: Tensor) -> Tensor:
-        """(heads, tokens, width) as (tokens, key heads, copies, width)."""
+        """(heads, tokens, width) as (tokens, key heads, heads that share one, width)."""
         return x.unflatten(0, (self.key_heads, -1)).permute(2, 0, 1, 3)
-
-    def _summed(self, x: Tensor) -> Tensor:
-        """(heads, tokens, width) summed over the heads that share keys, as (tokens, key heads, 1, width)."""
-        return (x if self.copies == 1 else x.unflatten(0, (self.key_heads, -1)).sum(1)).transpose(0, 1)[:, :, None]
 
     def _normed(self, x: Tensor, norm: Any, name: str, saved: Saved, reader: Linears, scratch: Buffers, kept: Buffers, slot: str) -> Tensor:
         r = kept(slot + name, len(x), 1, dtype=torch.float32)
