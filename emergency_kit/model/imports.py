@@ -15,11 +15,11 @@ def import_transformers() -> None:
     from transformers.utils import import_utils
 
     read = getattr(import_utils, "create_import_structure_from_path", None)
-    if not hasattr(read, "cache_info"):
+    if read is None or not hasattr(read, "cache_info"):
         return
     models = Path(transformers.__file__).parent / "models"
 
     def read_once(path: str | Path) -> object:
         return read(models if Path(path) == models / "__init__.py" else path)
 
-    import_utils.create_import_structure_from_path = read_once  # type: ignore[attr-defined]
+    import_utils.create_import_structure_from_path = read_once

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from emergency_kit.config import LoraSection, Resolved
 from emergency_kit.model.shape import Shape
+from emergency_kit.training.fused.attention import BLOCK
+from emergency_kit.training.fused.step import head_rows
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 FLOAT = 4
@@ -26,8 +28,6 @@ CUDA_CONTEXT_BYTES = 500_000_000
 GPU_FRAGMENTATION, CPU_FRAGMENTATION = 0.08, 0.04
 # What may be filled of the memory that is free when training begins: of a computer's, and of a GPU's, which nobody else is about to take.
 SHARE_OF_FREE, SHARE_OF_FREE_GPU = 0.8, 0.95
-# As fused/step.py and fused/attention.py have them.
-HEAD_ROWS, BLOCK = 256, 128
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def module_activations(shape: Shape, lora: LoraSection, setting: Setting, work: 
 
 def fused_logits_bytes(shape: Shape, setting: Setting, work: Workload) -> int:
     """Logits of a few rows at a time, in the compute type and in float32."""
-    return min(HEAD_ROWS, work.supervised) * shape.vocabulary * (FLOAT if setting.compute_bytes == FLOAT else setting.compute_bytes + FLOAT)
+    return min(head_rows(setting.on_gpu, setting.compute_bytes), work.supervised) * shape.vocabulary * (FLOAT if setting.compute_bytes == FLOAT else setting.compute_bytes + FLOAT)
 
 
 def logits_bytes(shape: Shape, setting: Setting, work: Workload) -> float:
