@@ -125,6 +125,20 @@ def test_adapters_gradients_of_the_bundled_model_are_no_further_from_float32_tha
     assert 1e-3 < distance(joined(rounded)) <= distance(half)
 
 
+def test_other_passes_over_the_rows_change_gradients_by_less_than_the_integers_do() -> None:
+    """Sums in another order round a few numbers to the other step."""
+    found = []
+    for options in ({"pass_rows": 2}, {"pass_rows": 1, "share": False}):
+        step = FusedStep(bundled_model(torch.float32).get_base_model(), row_tokens=1024, **options)
+        exact = step.run(rows(), None, backward=True)[1]
+        step.go_back_in_integers()
+        found.append([torch.cat([gradient.flatten() for gradient in gradients]) for gradients in (exact, step.run(rows(), None, backward=True)[1])])
+    (exact, together), (again, apart) = found
+    length = exact.norm()
+    print(f"other passes: {float((together - apart).norm() / length):.4f}, integers: {float((together - exact).norm() / length):.4f}")
+    assert (exact - again).norm() < 1e-4 * length and (together - apart).norm() < (together - exact).norm()
+
+
 @pytest.mark.parametrize(("device", "dtype", "four_bit", "named"), [("cuda", "float32", False, "a GPU"), ("cpu", "bfloat16", False, "compute type bfloat16"),
                                                                     ("cpu", "float32", True, "4-bit weights")])
 def test_where_it_cannot_be_auto_goes_without_and_true_says_why(device: str, dtype: str, four_bit: bool, named: str) -> None:
