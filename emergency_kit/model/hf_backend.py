@@ -99,7 +99,7 @@ def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtyp
 
     files = list(Path(base).glob("*.safetensors"))
     fold = fold and bool(files) and sum(file.stat().st_size for file in files) < FOLD_BELOW_BYTES
-    loaded = load_model(base, model, torch.float32 if fold else dtype, kind="adapter", tokenizer=str(folder))
+    loaded = load_model(base, model, torch.float32 if fold else dtype, kind="adapter", tokenizer=load_tokenizer(str(folder), None))
     try:
         loaded.model = PeftModel.from_pretrained(loaded.model, str(folder), autocast_adapter_dtype=False).eval()
     except (SafetensorError, ValueError, RuntimeError, TypeError) as error:
@@ -113,7 +113,7 @@ def load_adapter(base: str, folder: Path, model: ModelSection, dtype: torch.dtyp
 
 def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: str, tokenizer: Any = None,
                **options: Any) -> Loaded:
-    """A base or merged model by folder or Hub id, in evaluation mode on the picked device. tokenizer: one that is loaded, or the folder of another than the model's."""
+    """A base or merged model by folder or Hub id, in evaluation mode on the picked device. tokenizer: one that is loaded already; None loads the model's."""
     device = pick_device(model)
     dtype = dtype or pick_dtype(model, device)
     attention = pick_attention(model, device)
@@ -129,9 +129,7 @@ def load_model(name: str, model: ModelSection, dtype: torch.dtype | None, kind: 
             raise ModelError(hub.explain(error, f"model {name}", name, revision)) from None
         finally:
             logging.enable_progress_bar()
-    if tokenizer is None or isinstance(tokenizer, str):
-        tokenizer = load_tokenizer(tokenizer or name, None if tokenizer else revision)
-    return Loaded(loaded.eval(), tokenizer, kind, name)
+    return Loaded(loaded.eval(), tokenizer or load_tokenizer(name, revision), kind, name)
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:

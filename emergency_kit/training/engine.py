@@ -71,7 +71,7 @@ def goes_back_in_integers(training: TrainingConfig, device: str, dtype: str, fou
 
     if training.int8_backward is False:
         return False
-    reason = f"a {'GPU' if device == 'cuda' else device}" if device != "cpu" else f"compute type {dtype}" if dtype != "float32" \
+    reason = "a GPU" if device != "cpu" else f"compute type {dtype}" if dtype != "float32" \
         else "4-bit weights" if four_bit else "a CPU whose sums of 8-bit products are not exact" if not compute.measured_integer_gain() else ""
     if reason and training.int8_backward is True:
         raise TrainingError(f"training.int8_backward is true, which is not for {reason}; next: --set training.int8_backward=auto")

@@ -86,7 +86,7 @@ def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor
     heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
         seen = blocks[-1].seen
-        keys, values = (_path(node, own, shared, seen, heads, scratch, name) for own, shared, name in _named(k, v, above))
+        keys, values = _paths(node, k, v, above, seen, heads, scratch)
         keys = keys.transpose(1, 2)
         for block in blocks:
             p = _probabilities(q, keys, block, scratch)
@@ -103,7 +103,7 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
     heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
         seen = blocks[-1].seen
-        keys, values = (_path(node, own, shared, seen, heads, scratch, name) for own, shared, name in _named(k, v, above))
+        keys, values = _paths(node, k, v, above, seen, heads, scratch)
         dkeys, dvalues = scratch("dkeys", *keys.shape), scratch("dvalues", *values.shape)
         by_width, values = keys.transpose(1, 2), values.transpose(1, 2)
         # The last block sees every key, so it comes first and the others add to it.
@@ -166,18 +166,19 @@ def _probabilities(q: Tensor, keys: Tensor, block: Block, scratch: Any) -> Tenso
     return torch.softmax(p, -1, out=p)
 
 
-def _named(k: Tensor, v: Tensor, above: Keys | None) -> tuple[tuple[Tensor, Tensor, str], ...]:
-    return (k, above.k if above else k, "keys"), (v, above.v if above else v, "values")
+def _paths(node: Node, k: Tensor, v: Tensor, above: Keys | None, seen: int, heads: int, scratch: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values of a node's ancestors and of itself, and what follows it up to `seen` of them, a copy for each of the heads."""
+    return (_path(node, k, above.k if above else k, scratch("keys", heads, seen, k.shape[-1])),
+            _path(node, v, above.v if above else v, scratch("values", heads, seen, v.shape[-1])))
 
 
-def _path(node: Node, own: Tensor, shared: Tensor, seen: int, heads: int, scratch: Any, name: str) -> Tensor:
-    """Keys or values of a node's ancestors and of itself, and what follows it up to `seen` of them, a copy for each of the heads."""
-    path = scratch(name, heads, seen, own.shape[-1])
+def _path(node: Node, own: Tensor, shared: Tensor, path: Tensor) -> Tensor:
+    """Keys or values into path, (heads, seen, width)."""
     copies, place = path.unflatten(0, (len(own), -1)), 0
     for start, end in node.ancestors:
         copies[:, :, place:place + end - start] = shared[:, None, start:end]
         place += end - start
-    copies[:, :, place:] = own[:, None, node.start:node.start + seen - place]
+    copies[:, :, place:] = own[:, None, node.start:node.start + path.shape[1] - place]
     return path
 
 
