@@ -153,7 +153,7 @@ def fused_buffers(shape: Shape, lora: LoraSection, setting: Setting, work: Workl
     spent = most * b * (seen + hidden + r["qkv"] + 2 * (inner + r["down"]) + (0 if flash else inner + hidden) + max(heads + r["o"], hidden + r["gate_up"], hidden + r["qkv"])
                         + 2 * inner + hidden + max(r.values()))
     spent += most * b * seen  # dq, dk, dv
-    spent += b * ((heads + seen) * most if flash else 3 * shape.heads * block * work.longest + 5 * heads * work.longest + 2 * heads * block)
+    spent += b * ((heads + seen) * most if flash else 3 * shape.heads * block * work.longest + 5 * keys * work.longest + 2 * heads * block)
     if setting.integers:  # a gradient turned and in integers, sums
         outputs = max(_outputs(shape, group) for group in GROUPS)
         spent += most * (outputs * (FLOAT + 1) + widest * FLOAT)

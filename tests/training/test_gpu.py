@@ -102,7 +102,8 @@ def test_kernels_equal_torch_s_own_operations(name: str, width: int) -> None:
         elif name == "swiglu":
             elementwise.swiglu(draw(tokens, 2 * width), one, scratch)
         elif name == "swiglu gradient":
-            elementwise.swiglu_gradient(draw(tokens, width + 8)[:, :width], draw(tokens, 2 * width), two, scratch)
+            dm, gate_up = draw(tokens, width + 8)[:, :width], draw(tokens, 2 * width)
+            elementwise.swiglu_gradient(dm, gate_up, elementwise.swiglu(gate_up, torch.empty_like(one), scratch), two)
         elif name == "mask":
             elementwise.mask(x, draw(tokens, width), one)
         else:

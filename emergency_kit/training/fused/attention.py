@@ -1,8 +1,8 @@
 """Causal attention over the nodes of a pass, by products of exactly what each query may see.
 
 A node's queries see its ancestors' keys in the shared pass, then its own up to themselves; no mask is needed but on
-the diagonal of a block of queries, and no token of another row is ever multiplied. Heads that share keys get a
-copy each while they are multiplied: as many products as query heads keep all cores busy where as many as key heads do not.
+the diagonal of a block of queries, and no token of another row is ever multiplied. Query heads that share keys stand beside each
+other, token by token, so that one product takes them together and sums over them on the way back.
 Probabilities grow with the square of a row's length, so they are made again on the way back instead of being kept.
 On a CPU's 16-bit matrix units products have sides of whole tiles, since oneDNN compiles and keeps a program for every shape that it meets: what a
 product takes beyond a node's end is another token's or padding, is masked or zero, and is never read.
@@ -23,8 +23,10 @@ from emergency_kit.training.fused.tree import Node, Pass
 # Queries of one product, about: with fewer, products get small; with more, half of the last one's keys are in vain.
 BLOCK = 128
 # Tokens of a tile on a CPU's 16-bit matrix units. Queries of a product fill whole tiles, the keys that they see KEY_TILES at once and a pass PASS_TILES:
-# each kind of shape that is left away is one that oneDNN need not compile (the default run: 504 products with 1 and 2, 292 with 2 and 4).
-TILE, KEY_TILES, PASS_TILES = 32, 2, 4
+# each kind of shape that is left away is one that oneDNN need not compile and keep, at half a megabyte each; what fills a pass up is computed in vain.
+TILE, KEY_TILES, PASS_TILES = 32, 2, 2
+# Fewer products than these of float32 on a CPU are made one by one.
+LEAST_TOGETHER = 8
 
 
 @dataclass
@@ -82,15 +84,13 @@ def reach(part: Pass, plan: list[list[Block]], tokens: int) -> int:
 
 
 def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, out: Tensor, scratch: Any) -> None:
-    """Attention of every node into out, (heads, tokens, width), which may be a view. q: as out; k, v: (key heads, tokens, width)."""
-    heads, _, width = q.shape
+    """Attention of every node into out, (key heads, tokens, heads that share one, width), which may be a view. q: as out; k, v: (key heads, tokens, width)."""
     for node, blocks in zip(part.nodes, plan):
-        seen = blocks[-1].seen
-        keys, values = _paths(node, k, v, above, seen, heads, scratch)
-        keys = keys.transpose(1, 2)
+        keys, values = _paths(node, k, v, above, blocks[-1].seen, scratch)
         for block in blocks:
             p = _probabilities(q, keys, block, scratch)
-            result = torch.bmm(p, values[:, :block.seen], out=scratch("result", heads, block.rows, width))
+            result = scratch("result", len(q), block.rows, *q.shape[2:])
+            _product(p, values[:, :block.seen], result.flatten(1, 2))
             out[:, block.start:block.end] = result[:, :block.end - block.start]
 
 
@@ -100,29 +100,28 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
 
     add: whether dk and dv come in holding what descendants added, as those of the shared pass do.
     """
-    heads, _, width = q.shape
     for node, blocks in zip(part.nodes, plan):
-        seen = blocks[-1].seen
-        keys, values = _paths(node, k, v, above, seen, heads, scratch)
+        keys, values = _paths(node, k, v, above, blocks[-1].seen, scratch)
         dkeys, dvalues = scratch("dkeys", *keys.shape), scratch("dvalues", *values.shape)
-        by_width, values = keys.transpose(1, 2), values.transpose(1, 2)
+        values = values.transpose(1, 2)
         # The last block sees every key, so it comes first and the others add to it.
         for block in reversed(blocks):
             length = block.end - block.start
-            queries = q[:, block.start:block.start + block.rows]
-            p = _probabilities(q, by_width, block, scratch)
-            drows = scratch("drows", heads, block.rows, width)
+            p = _probabilities(q, keys, block, scratch)
+            drows = scratch("drows", len(q), block.rows, *q.shape[2:])
             drows[:, :length] = dout[:, block.start:block.end]
             drows[:, length:] = 0
-            dp = torch.bmm(drows, values[:, :, :block.seen], out=scratch("dp", *p.shape))
+            dresult = drows.flatten(1, 2)
+            dp = _product(dresult, values[:, :, :block.seen], scratch("dp", *p.shape))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", *p.shape))
-            dq[:, block.start:block.end] = torch.bmm(ds, keys[:, :block.seen], out=scratch("result", heads, block.rows, width))[:, :length]
-            if block is blocks[-1]:
-                torch.bmm(p.transpose(1, 2), drows, out=dvalues)
-                torch.bmm(ds.transpose(1, 2), queries, out=dkeys)
-            else:
-                dvalues[:, :block.seen] += torch.bmm(p.transpose(1, 2), drows, out=scratch("partial", heads, block.seen, width))
-                dkeys[:, :block.seen] += torch.bmm(ds.transpose(1, 2), queries, out=scratch("partial", heads, block.seen, width))
+            result = scratch("result", *drows.shape)
+            _product(ds, keys[:, :block.seen], result.flatten(1, 2))
+            dq[:, block.start:block.end] = result[:, :length]
+            for total, left, right in ((dvalues, p, dresult), (dkeys, ds, _queries(q, block))):
+                if block is blocks[-1]:
+                    _product(left.transpose(1, 2), right, total)
+                else:
+                    total[:, :block.seen] += _product(left.transpose(1, 2), right, scratch("partial", len(q), *total[0, :block.seen].shape))
         _give_back(node, dkeys, dk, above.dk if above else dk, add)
         _give_back(node, dvalues, dv, above.dv if above else dv, add)
 
@@ -134,21 +133,21 @@ def can_flash(like: Tensor, width: int) -> bool:
 
 
 def forward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
-    """Attention of every row into out, (heads, tokens, width); q carries the scores' scale. Returns what the way back needs."""
+    """Attention of every row into out; shapes as in `forward`. q carries the scores' scale. Returns what the way back needs."""
     edges, longest = _edges(part, q.device)
-    found, *more, _ = torch.ops.aten._flash_attention_forward(*(x.transpose(0, 1) for x in (q, k, v)), edges, edges, longest, longest, 0.0, True, False, scale=1.0)
-    out.copy_(found.transpose(0, 1))
+    found, *more, _ = torch.ops.aten._flash_attention_forward(*map(_by_token, (q, k, v)), edges, edges, longest, longest, 0.0, True, False, scale=1.0)
+    out.transpose(0, 1).copy_(found.view(out.transpose(0, 1).shape))
     return tuple(more)
 
 
 def backward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kept: tuple[Tensor, ...], dout: Tensor, dq: Tensor, dk: Tensor, dv: Tensor) -> None:
-    """Gradients into dq, dk, dv. kept: of `forward_flash`; out, dout: (heads, tokens, width)."""
+    """Gradients into dq, dk, dv. kept: of `forward_flash`; dout: as out."""
     edges, longest = _edges(part, q.device)
     logsumexp, state, unused = kept
-    found = torch.ops.aten._flash_attention_backward(*(x.transpose(0, 1) for x in (dout, q, k, v, out)), logsumexp, edges, edges, longest, longest, 0.0, True,
+    found = torch.ops.aten._flash_attention_backward(*map(_by_token, (dout, q, k, v, out)), logsumexp, edges, edges, longest, longest, 0.0, True,
                                                      state, unused, scale=1.0)
     for into, gradient in zip((dq, dk, dv), found):
-        into.copy_(gradient.transpose(0, 1))
+        into.transpose(0, 1).copy_(gradient.view(into.transpose(0, 1).shape))
 
 
 def _edges(part: Pass, device: torch.device) -> tuple[Tensor, int]:
@@ -158,32 +157,54 @@ def _edges(part: Pass, device: torch.device) -> tuple[Tensor, int]:
     return part.edges
 
 
+def _by_token(x: Tensor) -> Tensor:
+    """(tokens, heads, width) of what is by key head; a view of queries that lie token by token."""
+    return x.transpose(0, 1).flatten(1, -2)
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """Products of some matrices each. A CPU's float32 library gives every core matrices of its own, so that few of them leave some idle; they go one by one."""
+    if left.is_cuda or left.dtype != torch.float32 or len(left) >= LEAST_TOGETHER:
+        return torch.bmm(left, right, out=out)
+    for one, other, into in zip(left, right, out):
+        torch.mm(one, other, out=into)
+    return out
+
+
+def _queries(q: Tensor, block: Block) -> Tensor:
+    """Those of a block, (key heads, queries of all heads that share one, width), a view."""
+    return q[:, block.start:block.start + block.rows].flatten(1, 2)
+
+
 def _probabilities(q: Tensor, keys: Tensor, block: Block, scratch: Any) -> Tensor:
-    """Softmax of the scores of a block's queries, of q (heads, tokens, width), over what it sees of keys, (heads, width, path), whose last are its own."""
-    p = torch.bmm(q[:, block.start:block.start + block.rows], keys[:, :, :block.seen], out=scratch("p", len(q), block.rows, block.seen))
+    """Softmax of the scores of a block's queries over what it sees of keys, (key heads, path, width), whose last are its own: (key heads, queries, seen)."""
+    shape = (len(q), block.rows, q.shape[2], block.seen)
+    p = _product(_queries(q, block), keys[:, :block.seen].transpose(1, 2), scratch("p", shape[0], shape[1] * shape[2], shape[3]))
     own = block.keys - (block.end - block.start)
-    p[:, :, own:] += _mask(block.rows, block.seen - own, p)
+    first = own - own % TILE  # additions to whole tiles are three times as fast
+    p.view(shape)[..., first:] += _mask(block.rows, block.seen - first, own - first, p)[:, None]
     return torch.softmax(p, -1, out=p)
 
 
-def _paths(node: Node, k: Tensor, v: Tensor, above: Keys | None, seen: int, heads: int, scratch: Any) -> tuple[Tensor, Tensor]:
-    """Keys and values of a node's ancestors and of itself, and what follows it up to `seen` of them, a copy for each of the heads."""
-    return (_path(node, k, above.k if above else k, scratch("keys", heads, seen, k.shape[-1])),
-            _path(node, v, above.v if above else v, scratch("values", heads, seen, v.shape[-1])))
+def _paths(node: Node, k: Tensor, v: Tensor, above: Keys | None, seen: int, scratch: Any) -> tuple[Tensor, Tensor]:
+    """Keys and values, (key heads, seen, width), of a node's ancestors and of itself, and what follows it up to `seen` of them."""
+    return _path(node, k, above.k if above else k, seen, "keys", scratch), _path(node, v, above.v if above else v, seen, "values", scratch)
 
 
-def _path(node: Node, own: Tensor, shared: Tensor, path: Tensor) -> Tensor:
-    """Keys or values into path, (heads, seen, width)."""
-    copies, place = path.unflatten(0, (len(own), -1)), 0
+def _path(node: Node, own: Tensor, shared: Tensor, seen: int, name: str, scratch: Any) -> Tensor:
+    """Keys or values of a path; a view where all are its own."""
+    if not node.ancestors:
+        return own[:, node.start:node.start + seen]
+    path, place = scratch(name, len(own), seen, own.shape[-1]), 0
     for start, end in node.ancestors:
-        copies[:, :, place:place + end - start] = shared[:, None, start:end]
+        path[:, place:place + end - start] = shared[:, start:end]
         place += end - start
-    copies[:, :, place:] = own[:, None, node.start:node.start + path.shape[1] - place]
+    path[:, place:] = own[:, node.start:node.start + seen - place]
     return path
 
 
-def _give_back(node: Node, of_heads: Tensor, own: Tensor, shared: Tensor, add: bool) -> None:
-    gradient, place = of_heads.unflatten(0, (len(own), -1)).sum(1), 0
+def _give_back(node: Node, gradient: Tensor, own: Tensor, shared: Tensor, add: bool) -> None:
+    place = 0
     for start, end in node.ancestors:
         shared[:, start:end] += gradient[:, place:place + end - start]
         place += end - start
@@ -196,9 +217,9 @@ def _give_back(node: Node, of_heads: Tensor, own: Tensor, shared: Tensor, add: b
 
 @functools.cache
 def _whole_mask(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.full((2 * BLOCK, 2 * BLOCK + KEY_TILES * TILE), float("-inf"), dtype=dtype, device=device).triu(1)
+    return torch.full((2 * BLOCK, TILE + 2 * BLOCK + KEY_TILES * TILE), float("-inf"), dtype=dtype, device=device).triu(TILE + 1)
 
 
-def _mask(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows, columns): 0 where a query may look, -inf where not."""
-    return _whole_mask(like.dtype, like.device)[:rows, :columns]
+def _mask(rows: int, columns: int, before: int, like: Tensor) -> Tensor:
+    """(rows, columns): 0 where a query may look, -inf where not. before: columns that all of them may see, at most a tile."""
+    return _whole_mask(like.dtype, like.device)[:rows, TILE - before:TILE - before + columns]

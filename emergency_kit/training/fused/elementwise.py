@@ -62,20 +62,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, back: bool = False)
     torch.mul(high, cos, out=out_high).addcmul_(low, sin, value=sign)
 
 
-def swiglu(gate_up: Tensor, out: Tensor, scratch: Any) -> None:
-    """out = silu(gate) up, (tokens, width). gate_up: (tokens, 2 width)."""
+def swiglu(gate_up: Tensor, out: Tensor, scratch: Any) -> Tensor | None:
+    """out = silu(gate) up, (tokens, width). gate_up: (tokens, 2 width). Returns silu(gate) in scratch memory, where it was made on its own."""
     if kernels := _kernels(gate_up):
         return kernels.swiglu(gate_up, out)
     gate, up = gate_up.chunk(2, 1)
-    torch.mul(torch.ops.aten.silu.out(gate, out=scratch("silu", *gate.shape)), up, out=out)
+    silu = torch.ops.aten.silu.out(gate, out=scratch("silu", *gate.shape))
+    torch.mul(silu, up, out=out)
+    return silu
 
 
-def swiglu_gradient(dm: Tensor, gate_up: Tensor, out: Tensor, scratch: Any) -> None:
-    """Gradients of gate and up into out, (tokens, 2 width); dm, (tokens, width), is overwritten."""
+def swiglu_gradient(dm: Tensor, gate_up: Tensor, silu: Tensor | None, out: Tensor) -> None:
+    """Gradients of gate and up into out, (tokens, 2 width); dm, (tokens, width), is overwritten. silu: what `swiglu` of the same numbers returned."""
     if kernels := _kernels(gate_up):
         return kernels.swiglu_gradient(dm, gate_up, out)
     (gate, up), (dgate, dup) = gate_up.chunk(2, 1), out.chunk(2, 1)
-    torch.mul(dm, torch.ops.aten.silu.out(gate, out=scratch("silu", *gate.shape)), out=dup)
+    torch.mul(dm, silu, out=dup)
     dm *= up
     torch.ops.aten.silu_backward.grad_input(dm, gate, grad_input=dgate)
 

@@ -112,7 +112,8 @@ class Layer:
         qkv = scratch("qkv", tokens, self.qkv.outputs)
         self.qkv.forward(h, saved.read["qkv"], qkv, scratch)
         saved.z["qkv"] = kept(slot + "z qkv", tokens, self.qkv.ranks).copy_(h[:, self.qkv.inputs:])
-        saved.q, saved.k, saved.v = (kept(slot + name, self.key_heads * group, reach, self.width) for name, group in zip("qkv", (self.group, 1, 1)))
+        saved.q = self._queries(kept, slot + "q", reach)
+        saved.k, saved.v = (kept(slot + name, self.key_heads, reach, self.width) for name in "kv")
         for filled in (saved.q, saved.k, saved.v) if reach > tokens else ():
             filled[:, tokens:] = 0
         q, k, v = self._split(qkv)
@@ -156,7 +157,7 @@ class Layer:
         tokens = len(dx)
         dattended = scratch("dh", tokens, self.o.inputs + self.o.ranks)
         da = self.o.backward(dx, saved.attended, saved.read["o"], dattended, scratch)
-        dq = scratch("dq", *saved.q.shape)
+        dq = self._queries(scratch, "dq", saved.q.shape[1])
         dk, dv = (own.dk, own.dv) if own else (scratch("dk", *saved.k.shape), scratch("dv", *saved.v.shape))
         if self.flash:
             attention.backward_flash(part, saved.q, saved.k, saved.v, self._by_head(saved.attended[:, :self.o.inputs]), saved.flash, self._by_head(da), dq, dk, dv)
@@ -186,11 +187,11 @@ class Layer:
     def _backward_mlp(self, saved: Saved, scratch: Buffers, dx: Tensor) -> None:
         tokens = len(dx)
         m = scratch("m", tokens, self.down.inputs + self.down.ranks)
-        elementwise.swiglu(saved.gate_up, m[:, :self.down.inputs], scratch)
+        silu = elementwise.swiglu(saved.gate_up, m[:, :self.down.inputs], scratch)
         m[:, self.down.inputs:] = saved.z["down"]
         dm = self.down.backward(dx, m, saved.read["down"], scratch("dm", tokens, self.down.inputs + self.down.ranks), scratch)
         dgate_up = scratch("dgate_up", tokens, self.gate_up.outputs)
-        elementwise.swiglu_gradient(dm, saved.gate_up, dgate_up, scratch)
+        elementwise.swiglu_gradient(dm, saved.gate_up, silu, dgate_up)
         h = self._again(saved.middle, saved.r2, self.norm2, self.gate_up, saved.z["gate_up"], scratch)
         dh = self.gate_up.backward(dgate_up, h, saved.read["gate_up"], scratch("dh", tokens, self.gate_up.inputs + self.gate_up.ranks), scratch)
         elementwise.add_norm_gradient(dh, saved.middle, saved.r2, self.norm2.weight.detach(), scratch, dx)
@@ -201,13 +202,19 @@ class Layer:
         parts = qkv.split([heads * groups * width, heads * width, heads * width], 1)
         return parts[0].unflatten(1, (heads, groups, width)), parts[1].unflatten(1, (heads, 1, width)), parts[2].unflatten(1, (heads, 1, width))
 
+    def _queries(self, buffers: Buffers, name: str, places: int) -> Tensor:
+        """Memory for queries, (key heads, places, heads that share one, width); it lies by token for flash attention, by key head for products."""
+        if self.flash:
+            return buffers(name, places, self.key_heads, self.group, self.width).transpose(0, 1)
+        return buffers(name, self.key_heads, places, self.group, self.width)
+
     def _by_head(self, x: Tensor) -> Tensor:
-        """(tokens, heads * width) as (heads, tokens, width)."""
-        return x.unflatten(1, (self.key_heads * self.group, self.width)).transpose(0, 1)
+        """(tokens, heads * width) as (key heads, tokens, heads that share one, width)."""
+        return x.unflatten(1, (self.key_heads, self.group, self.width)).transpose(0, 1)
 
     def _by_token(self, x: Tensor) -> Tensor:
-        """(heads, tokens, width) as (tokens, key heads, heads that share one, width)."""
-        return x.unflatten(0, (self.key_heads, -1)).permute(2, 0, 1, 3)
+        """(key heads, tokens, heads that share one, width), or keys (key heads, tokens, width), as (tokens, key heads, heads that share one, width)."""
+        return x.view(*x.shape[:2], -1, self.width).transpose(0, 1)
 
     def _normed(self, x: Tensor, norm: Any, name: str, saved: Saved, reader: Linears, scratch: Buffers, kept: Buffers, slot: str) -> Tensor:
         r = kept(slot + name, len(x), 1, dtype=torch.float32)

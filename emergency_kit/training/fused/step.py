@@ -24,7 +24,7 @@ from emergency_kit.training.fused.tree import Pass, Plan, Row, plan_step
 # model_type of those whose layer it computes.
 FAMILIES = ("llama", "mistral", "qwen2")
 # By bytes of a value: on a CPU a pass of more tokens is no faster, and what it keeps for the way back is larger.
-CPU_PASS_TOKENS = {4: 640, 2: 960}
+CPU_PASS_TOKENS = {4: 640, 2: 1152}
 
 
 def head_rows(on_gpu: bool, item_bytes: int) -> int:
