@@ -24,7 +24,7 @@ VOCABULARY = 97
 SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 6,
          "num_key_value_heads": 2, "attn_implementation": "eager", "max_position_embeddings": 1024}
 FAMILIES = {"llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-            "llama3 rope, no sharing of keys": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_key_value_heads": 6, "rope_parameters": {
+            "llama3 rope, no sharing of keys": lambda: LlamaForCausalLM(LlamaConfig(**{**SHAPE, "num_attention_heads": 8, "num_key_value_heads": 8, "rope_parameters": {
                 "rope_type": "llama3", "rope_theta": 10000.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
                 "original_max_position_embeddings": 64}})),
             "mistral": lambda: MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None, head_dim=16)),
