@@ -19,9 +19,9 @@ from emergency_kit.training.fused.step import head_rows
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 FLOAT = 4
-# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 256 (emergency_kit/__init__.py), of 1.2 MB each at most; `fused` has so many of them for every size of a
-# pass and for every block of its attention (measured, benchmarks/RESULTS.md).
-ONEDNN_KEPT, ONEDNN_BYTES, SIZE_PRODUCTS, BLOCK_PRODUCTS = 256, 1.2e6, 20, 3
+# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 256 (emergency_kit/__init__.py), of 2 MB each with
+# what others before them left in the heap; `fused` has so many of them for every size of a pass and for every block of its attention (measured, benchmarks/RESULTS.md).
+ONEDNN_KEPT, ONEDNN_BYTES, SIZE_PRODUCTS, BLOCK_PRODUCTS = 256, 2.0e6, 20, 3
 # A CUDA context with cuBLAS; an assumption, cards differ between 0.3 and 0.7 GB.
 CUDA_CONTEXT_BYTES = 500_000_000
 # Share of the rest that torch's caching allocator, or malloc, holds in vain; an assumption on a GPU, measured on a CPU (make bench-plan).
