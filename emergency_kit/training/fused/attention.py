@@ -88,10 +88,7 @@ def forward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor
     for node, blocks in zip(part.nodes, plan):
         keys, values = _paths(node, k, v, above, blocks[-1].seen, scratch)
         for block in blocks:
-            p = _probabilities(q, keys, block, scratch)
-            result = scratch("result", len(q), block.rows, *q.shape[2:])
-            _product(p, values[:, :block.seen], result.flatten(1, 2))
-            out[:, block.start:block.end] = result[:, :block.end - block.start]
+            _sum_over(values, _probabilities(q, keys, block, scratch), block, out, scratch)
 
 
 def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tensor, above: Keys | None, dout: Tensor,
@@ -114,14 +111,12 @@ def backward(part: Pass, plan: list[list[Block]], q: Tensor, k: Tensor, v: Tenso
             dresult = drows.flatten(1, 2)
             dp = _product(dresult, values[:, :, :block.seen], scratch("dp", *p.shape))
             ds = torch._softmax_backward_data(dp, p, -1, p.dtype, grad_input=scratch("ds", *p.shape))
-            result = scratch("result", *drows.shape)
-            _product(ds, keys[:, :block.seen], result.flatten(1, 2))
-            dq[:, block.start:block.end] = result[:, :length]
+            _sum_over(keys, ds, block, dq, scratch)
             for total, left, right in ((dvalues, p, dresult), (dkeys, ds, _queries(q, block))):
                 if block is blocks[-1]:
                     _product(left.transpose(1, 2), right, total)
                 else:
-                    total[:, :block.seen] += _product(left.transpose(1, 2), right, scratch("partial", len(q), *total[0, :block.seen].shape))
+                    total[:, :block.seen] += _product(left.transpose(1, 2), right, scratch("partial", len(q), block.seen, total.shape[-1]))
         _give_back(node, dkeys, dk, above.dk if above else dk, add)
         _give_back(node, dvalues, dv, above.dv if above else dv, add)
 
@@ -135,7 +130,7 @@ def can_flash(like: Tensor, width: int) -> bool:
 def forward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor) -> tuple[Tensor, ...]:
     """Attention of every row into out; shapes as in `forward`. q carries the scores' scale. Returns what the way back needs."""
     edges, longest = _edges(part, q.device)
-    found, *more, _ = torch.ops.aten._flash_attention_forward(*map(_by_token, (q, k, v)), edges, edges, longest, longest, 0.0, True, False, scale=1.0)
+    found, *more, _ = torch.ops.aten._flash_attention_forward(*map(_for_flash, (q, k, v)), edges, edges, longest, longest, 0.0, True, False, scale=1.0)
     out.transpose(0, 1).copy_(found.view(out.transpose(0, 1).shape))
     return tuple(more)
 
@@ -144,7 +139,7 @@ def backward_flash(part: Pass, q: Tensor, k: Tensor, v: Tensor, out: Tensor, kep
     """Gradients into dq, dk, dv. kept: of `forward_flash`; dout: as out."""
     edges, longest = _edges(part, q.device)
     logsumexp, state, unused = kept
-    found = torch.ops.aten._flash_attention_backward(*map(_by_token, (dout, q, k, v, out)), logsumexp, edges, edges, longest, longest, 0.0, True,
+    found = torch.ops.aten._flash_attention_backward(*map(_for_flash, (dout, q, k, v, out)), logsumexp, edges, edges, longest, longest, 0.0, True,
                                                      state, unused, scale=1.0)
     for into, gradient in zip((dq, dk, dv), found):
         into.transpose(0, 1).copy_(gradient.view(into.transpose(0, 1).shape))
@@ -157,7 +152,7 @@ def _edges(part: Pass, device: torch.device) -> tuple[Tensor, int]:
     return part.edges
 
 
-def _by_token(x: Tensor) -> Tensor:
+def _for_flash(x: Tensor) -> Tensor:
     """(tokens, heads, width) of what is by key head; a view of queries that lie token by token."""
     return x.transpose(0, 1).flatten(1, -2)
 
@@ -184,6 +179,13 @@ def _probabilities(q: Tensor, keys: Tensor, block: Block, scratch: Any) -> Tenso
     first = own - own % TILE  # additions to whole tiles are three times as fast
     p.view(shape)[..., first:] += _mask(block.rows, block.seen - first, own - first, p)[:, None]
     return torch.softmax(p, -1, out=p)
+
+
+def _sum_over(keys: Tensor, weights: Tensor, block: Block, out: Tensor, scratch: Any) -> None:
+    """Keys or values summed by the weights (key heads, queries, seen) of a block's queries, into their places of out."""
+    result = scratch("result", len(out), block.rows, *out.shape[2:])
+    _product(weights, keys[:, :block.seen], result.flatten(1, 2))
+    out[:, block.start:block.end] = result[:, :block.end - block.start]
 
 
 def _paths(node: Node, k: Tensor, v: Tensor, above: Keys | None, seen: int, scratch: Any) -> tuple[Tensor, Tensor]:
