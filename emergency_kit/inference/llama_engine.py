@@ -36,6 +36,8 @@ PROGRESS_SECONDS = 0.2
 # Prompts that a slot has left are kept in memory: a hazard that is asked about again costs no new prompt (about 10 MB each
 # with the bundled model, 6 MB the beginnings that `remember` computes). Tokens of a prompt in one step: between steps a stopped stream leaves its slot.
 CACHE_MIB, BATCH_TOKENS, STEP_TOKENS, PIECE_TOKENS = 512, 256, 128, 64
+# For how long llama.cpp's HTTP server waits for the rest of a request; an hour unless told, and an engine cannot close until then.
+READ_SECONDS = 5
 # Drafts: where the last DRAFT_MATCH tokens stood before, the DRAFT_TOKENS that followed them there are computed at once, and those that the model chooses
 # itself, under the grammar, are kept. An answer copies its card's lines, so one in two is (benchmarks/RESULTS.md).
 DRAFT_MATCH, DRAFT_TOKENS = 5, 5
@@ -50,6 +52,7 @@ class LlamaEngine:
         """Load the file; raises ModelError where llama.cpp cannot use it. threads: by default one a core. drafts: take the tokens that stood before behind the
         same ones as a guess at the next; one answer comes faster, several at once slower, and a near tie may fall otherwise."""
         self._server, self._key = _start(path, slots, context_tokens, threads or _count_cores(), drafts)
+        self._asking = threading.Lock()
         self.slots = slots
         self._permits = threading.Semaphore(slots)
         self._closing = threading.Event()
@@ -165,7 +168,8 @@ class LlamaEngine:
     def close(self) -> None:
         """Stop every stream, then llama.cpp; a second call does nothing."""
         _stop(self._closing, self._workers)
-        self._server = None
+        with self._asking:  # llama.cpp ends once its requests have, and keeps Python's threads from running until then
+            self._server = None
 
     def _begin(self, request: dict[str, Any], put: Callable[[Any], None], cancelled: threading.Event) -> None:
         """Generate in a thread of its own: `put` gets llama.cpp's events, then None."""
@@ -202,12 +206,13 @@ class LlamaEngine:
 
     def _ask(self, path: str, body: dict[str, Any] | None = None) -> Any:
         """A request to llama.cpp's own server on loopback; raises urllib's HTTPError where it refuses."""
-        if self._server is None:
-            raise ModelError("this engine has been closed")
-        sent = urllib.request.Request(self._server.listening_address + path, None if body is None else json.dumps(body).encode(),
-                                      {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"})
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sent, timeout=60) as reply:
-            return json.load(reply)
+        with self._asking:
+            if self._server is None:
+                raise ModelError("this engine has been closed")
+            sent = urllib.request.Request(self._server.listening_address + path, None if body is None else json.dumps(body).encode(),
+                                          {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"})
+            with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(sent, timeout=60) as reply:
+                return json.load(reply)
 
 
 class _Activity:
@@ -285,7 +290,7 @@ def _start(path: Path, slots: int, context_tokens: int, threads: int, drafts: bo
     if drafts:
         params.speculative.types = [xllamacpp.common_speculative_type.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
         params.speculative.ngram_simple.size_n, params.speculative.ngram_simple.size_m = DRAFT_MATCH, DRAFT_TOKENS
-    params.n_threads_http = 2
+    params.n_threads_http, params.timeout_read = 2, READ_SECONDS
     params.verbosity = 0
     params.ui = params.endpoint_slots = False
     params.api_keys = [key]

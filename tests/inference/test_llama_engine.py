@@ -1,5 +1,8 @@
+import http.client
+import socket
 import threading
 import time
+import urllib.parse
 
 import pytest
 import torch
@@ -156,6 +159,40 @@ def test_closing_stops_what_runs_and_what_waits(gguf, batch):
     assert time.monotonic() - started < 10 and not any(stream.result.ended for stream in streams)
     with pytest.raises(ModelError, match="closed"):
         next(engine.stream(batch[0], 4))
+
+
+def test_closing_waits_for_a_request_whose_body_is_on_its_way(gguf, monkeypatch):
+    """llama.cpp ends after its requests, and lets no thread of Python run until then: the rest of the body would never come."""
+    engine = LlamaEngine(gguf, slots=1, threads=1)
+    send, half_sent, got = http.client.HTTPConnection.send, threading.Event(), []
+
+    def send_late(connection, data):
+        if b"smoke in the stairwell" in data:
+            half_sent.set()
+            time.sleep(0.3)
+        send(connection, data)
+
+    expected = engine.tokenizer("smoke in the stairwell").input_ids
+    monkeypatch.setattr(http.client.HTTPConnection, "send", send_late)
+    thread = threading.Thread(target=lambda: got.extend(engine.tokenizer("smoke in the stairwell").input_ids))
+    thread.start()
+    assert half_sent.wait(10)
+    started = time.monotonic()
+    engine.close()
+    assert time.monotonic() - started < 4
+    thread.join(10)
+    assert got == expected
+
+
+def test_a_request_that_is_never_finished_does_not_keep_an_engine_open(gguf):
+    engine = LlamaEngine(gguf, slots=1, threads=1)
+    address = urllib.parse.urlsplit(engine._server.listening_address)
+    with socket.create_connection((address.hostname, address.port)) as half:
+        half.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n")
+        time.sleep(0.3)
+        started = time.monotonic()
+        engine.close()
+        assert time.monotonic() - started < 20
 
 
 def test_prompt_over_the_context_is_one_clear_error(gguf):
