@@ -6,6 +6,7 @@ In: nothing but the kernel. Out: bytes, a count. No torch here: memory on a GPU 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 from pathlib import Path
 
@@ -23,6 +24,12 @@ def resident_bytes(field: str = "VmRSS") -> int | None:
 def available_bytes() -> int | None:
     """What programs could still take without swapping, of the whole computer."""
     return _field(Path("/proc/meminfo"), "MemAvailable")
+
+
+def give_back() -> None:
+    """Hand pages that lie free in the heap back to the system; where the C library is not glibc, nothing happens."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def reset_highest() -> bool:

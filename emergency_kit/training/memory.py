@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 from emergency_kit.config import LoraSection, Resolved
 from emergency_kit.model.shape import Shape
-from emergency_kit.training.fused.attention import BLOCK
+from emergency_kit.training.fused.attention import BLOCK, tile_of
 from emergency_kit.training.fused.step import head_rows
 
 GROUPS = {"qkv": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate_up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
 FLOAT = 4
-# On a CPU oneDNN compiles a 16-bit product for every shape and keeps the last 256 (emergency_kit/__init__.py), of 2 MB each with
-# what others before them left in the heap; `fused` has so many of them for every size of a pass and for every block of its attention (measured, benchmarks/RESULTS.md).
-ONEDNN_KEPT, ONEDNN_BYTES, SIZE_PRODUCTS, BLOCK_PRODUCTS = 256, 2.0e6, 20, 3
+# A CPU's 16-bit products are compiled for every shape, and those last used are kept (emergency_kit/__init__.py); with what others before them left in
+# the heap (measured, benchmarks/RESULTS.md).
+COMPILED_BYTES = 100_000_000
 # A CUDA context with cuBLAS; an assumption, cards differ between 0.3 and 0.7 GB.
 CUDA_CONTEXT_BYTES = 500_000_000
 # Share of the rest that torch's caching allocator, or malloc, holds in vain; an assumption on a GPU, measured on a CPU (make bench-plan).
@@ -33,8 +33,7 @@ SHARE_OF_FREE, SHARE_OF_FREE_GPU = 0.8, 0.95
 @dataclass(frozen=True)
 class Workload:
     """Tokens of the largest pass. tokens: all of them, padding included where there is any; longest: of its longest row;
-    supervised: tokens with a label; shared: of the beginnings that `fused` computes once; eval_*: of the largest validation batch. sizes, blocks: how many
-    different ones the run's passes and their attention have, where oneDNN compiles products for each."""
+    supervised: tokens with a label; shared: of the beginnings that `fused` computes once; eval_*: of the largest validation batch."""
 
     tokens: int
     longest: int
@@ -43,8 +42,6 @@ class Workload:
     eval_tokens: int
     eval_longest: int
     eval_supervised: int
-    sizes: int = 0
-    blocks: int = 0
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ def estimate(shape: Shape, resolved: Resolved, setting: Setting, work: Workload,
         learned |= {"adapters' gradients": 2.0 * trained + stacks * FLOAT, "stacked adapters": float(stacks * setting.compute_bytes)}
         if setting.integers:
             learned["frozen weights in 8-bit integers"] = float(shape.linear_parameters)
-        if work.sizes:
-            learned["oneDNN's compiled products"] = ONEDNN_BYTES * min(ONEDNN_KEPT, SIZE_PRODUCTS * work.sizes + BLOCK_PRODUCTS * work.blocks)
+        if tile_of(setting.on_gpu, setting.compute_bytes) > 1:
+            learned["compiled products"] = float(COMPILED_BYTES)
         logits = float(fused_logits_bytes(shape, setting, work))
         training = {"activations": kept, "working memory": spent - logits, "logits": logits}
         evaluating = training  # the same buffers stay

@@ -15,10 +15,10 @@ import numpy as np
 
 from emergency_kit.config import Resolved
 from emergency_kit.training import schedule
-from emergency_kit.training.fused.attention import padded, plan_blocks, tile_of
+from emergency_kit.training.fused.attention import tile_of, whole
 from emergency_kit.training.fused.step import pass_limits
 from emergency_kit.training.fused.tree import Plan, Row, plan_step
-from emergency_kit.training.memory import ONEDNN_KEPT, Workload
+from emergency_kit.training.memory import Workload
 
 if TYPE_CHECKING:
     from emergency_kit.data.tokenize import TokenRows
@@ -50,9 +50,7 @@ def assumed(resolved: Resolved, fused: bool, on_gpu: bool, item_bytes: int) -> L
     most_rows, most_tokens = pass_limits(batch, limit, on_gpu, item_bytes) if fused else (None, None)
     rows = min(most_rows or math.inf, max(1, most_tokens // limit) if most_tokens else math.inf)
     batch, evaluated = int(min(batch, rows)), int(min(evaluated, rows))
-    # Of rows that nobody knows yet, passes may have any size: as many products as are ever kept.
-    sizes = ONEDNN_KEPT if fused and tile_of(on_gpu, item_bytes) > 1 else 0
-    return Load(Workload(batch * limit, limit, batch * limit, 0, evaluated * limit, limit, evaluated * limit, sizes), 0, 0, 0, 0)
+    return Load(Workload(batch * limit, limit, batch * limit, 0, evaluated * limit, limit, evaluated * limit), 0, 0, 0, 0)
 
 
 def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gpu: bool, item_bytes: int, steps: int, batch: int = 0) -> Load:
@@ -79,8 +77,8 @@ def measure(rows: dict[str, "TokenRows"], resolved: Resolved, fused: bool, on_gp
     batches = [list(range(start, min(start + size, len(rows["validation"])))) for start in range(0, len(rows["validation"]), size)]
     evals = [evaluated(batch) for batch in batches]
     worst_eval = max(range(len(batches)), key=lambda batch: evals[batch].weight)
-    work = Workload(*(max(getattr(one, name) for one in seen.values()) for name in ("tokens", "longest", "supervised", "shared")),  # type: ignore[call-arg]  # a starred generator has no length
-                    *(max(getattr(one, name) for one in evals) for name in ("tokens", "longest", "supervised")), len(look.sizes | evaluated.sizes), len(look.blocks | evaluated.blocks))
+    work = Workload(*(max(getattr(one, name) for one in seen.values()) for name in ("tokens", "longest", "supervised", "shared")),
+                    *(max(getattr(one, name) for one in evals) for name in ("tokens", "longest", "supervised")))
     tokens = [int(lengths[step].sum()) for step in every]
     return Load(work, sum(tokens), sum(int((lengths[step] - rows["train"].prompts[step]).sum()) for step in every), mean * len(every),
                 sum(one.computed for one in evals), seen[typical].computed, every[typical], every[worst], batches[worst_eval])
@@ -116,22 +114,16 @@ class _Step:
 
 
 class _Look:
-    """What a step's passes come to. sizes, blocks: those of all that were looked at, where passes are of whole tiles."""
+    """What a step's passes come to, of whole tiles where they are."""
 
     def __init__(self, rows: "TokenRows", batch: int, limits: tuple[int | None, int | None] | None, share: bool, tile: int):
         self.rows, self.batch, self.limits, self.share, self.tile = rows, batch, limits, share, tile
-        self.sizes: set[int] = set()
-        self.blocks: set[tuple[int, int]] = set()
 
     def __call__(self, step: list[int]) -> _Step:
         lengths, prompts = self.rows.lengths[step], self.rows.prompts[step]
         if self.limits:
             plan = plan_of(self.rows, step, self.limits, self.share)
-            if self.tile > 1:
-                for part in (part for part in (plan.shared, *plan.passes) if part.tokens):
-                    self.sizes.add(padded(part.tokens, self.tile))
-                    self.blocks.update((block.rows, block.seen) for blocks in plan_blocks(part, self.tile) for block in blocks)
-            return _Step(max((padded(part.tokens, self.tile) for part in plan.passes), default=0), int(lengths.max()), max((int((part.targets >= 0).sum()) for part in plan.passes), default=0),
+            return _Step(max((whole(part.tokens, self.tile) for part in plan.passes), default=0), int(lengths.max()), max((int((part.targets >= 0).sum()) for part in plan.passes), default=0),
                          plan.shared.tokens, plan.tokens)
         parts = [slice(start, start + self.batch) for start in range(0, len(step), self.batch)]
         filled = [int(lengths[part].max()) * len(lengths[part]) for part in parts]

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from emergency_kit.config import load_config
 from emergency_kit.data.tokenize import TokenRows, map_ids
 from emergency_kit.errors import UsageError
+from emergency_kit.model.process_memory import resident_bytes
 from emergency_kit.training.batches import RankBatches, RowDataset, StepSampler, StreamBatches, collate
 from emergency_kit.training.run import train
 from tests.data.test_stream import write
@@ -42,17 +43,14 @@ TOKENS = 250
 
 def read(path: Path, sizes: list[int], grown: Any) -> None:
     """What private memory grew by, at most, while one of four ranks read an epoch of so many rows; one size after the other."""
-    def private_bytes() -> int:
-        return 1024 * int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")).split()[1])
-
     for rows in sizes:
-        before, most = private_bytes(), 0
+        before, most = resident_bytes("RssAnon"), 0
         data = TokenRows(map_ids(path)[:rows * TOKENS], np.arange(rows + 1, dtype=np.int64) * TOKENS, np.full(rows, 9, np.int32))
         dataset = RowDataset(data)
         for number, batch in enumerate(RankBatches(StepSampler(data.lengths, 64, 7), 4, 1, 4)):
             collate([dataset[row] for row in batch], 0)
             if number % 50 == 0:
-                most = max(most, private_bytes())
+                most = max(most, resident_bytes("RssAnon"))
         grown.put(most - before)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.model.process_memory import resident_bytes
 from emergency_kit.training import loss
 from emergency_kit.training.batches import collate
 from emergency_kit.training.fused import attention
@@ -166,8 +168,8 @@ def test_products_with_the_head_have_few_shapes() -> None:
 def test_tiles_are_of_a_cpu_s_16_bit_units_alone(on_gpu: bool, item_bytes: int, tile: int) -> None:
     assert attention.tile_of(on_gpu, item_bytes) == tile
     for tokens in (1, 33, 640, 1280):
-        filled = attention.padded(tokens, tile)
-        assert filled == tokens if tile == 1 else filled % 64 == 0 and tokens <= filled < tokens + 64
+        filled = attention.whole(tokens, tile)
+        assert filled % tile == 0 and tokens <= filled < tokens + tile
 
 
 @pytest.mark.parametrize("kept", [1, 2, 3])
@@ -345,6 +347,29 @@ def test_buffers_stop_growing_once_the_longest_pass_was_seen() -> None:
     for rows in (ROWS[:3], ROWS[2:], ROWS):
         step.run(rows, None, backward=True)
     assert held() == first
+
+
+def step_over_many_lengths(grown: Any) -> None:
+    """What private memory grew by in steps whose rows get a tile shorter each, after the ten longest."""
+    step = FusedStep(adapt(FAMILIES["llama"]().to(torch.bfloat16)).get_base_model(), 2)
+    for number, length in enumerate(range(940, 60, -32)):
+        step.run(make_rows((length, 8, 0)), None, backward=True)
+        if number == 10:
+            before = resident_bytes("RssAnon")
+    grown.put(resident_bytes("RssAnon") - before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory in /proc")
+def test_memory_does_not_grow_with_the_lengths_that_were_seen() -> None:
+    """A CPU's 16-bit products are compiled for every shape, hundreds in these steps; the last ones alone are kept."""
+    context = multiprocessing.get_context("spawn")
+    grown = context.SimpleQueue()
+    child = context.Process(target=step_over_many_lengths, args=(grown,))
+    child.start()
+    child.join(120)
+    assert child.exitcode == 0
+    bytes_more = grown.get()
+    assert bytes_more < 25_000_000, bytes_more
 
 
 def test_modules_still_work_beside_it() -> None:

@@ -22,9 +22,9 @@ from emergency_kit.training.fused.tree import Node, Pass
 
 # Queries of one product, about: with fewer, products get small; with more, half of the last one's keys are in vain.
 BLOCK = 128
-# Tokens of a tile on a CPU's 16-bit matrix units. Queries of a product fill whole tiles, the keys that they see KEY_TILES at once and a pass PASS_TILES:
-# each kind of shape that is left away is one that oneDNN need not compile and keep, at half a megabyte each; what fills a pass up is computed in vain.
-TILE, KEY_TILES, PASS_TILES = 32, 2, 2
+# Tokens of a tile on a CPU's 16-bit matrix units. A pass and the queries of a product fill whole tiles, the keys that they see KEY_TILES at once:
+# each kind of shape that is left away is one that oneDNN need not compile; what fills a pass up is computed in vain.
+TILE, KEY_TILES = 32, 2
 # Fewer products than these of float32 on a CPU are made one by one.
 LEAST_TOGETHER = 8
 
@@ -53,11 +53,6 @@ class Block:
 def tile_of(on_gpu: bool, item_bytes: int) -> int:
     """Tokens of a tile; 1 where products may have any side."""
     return TILE if not on_gpu and item_bytes < 4 else 1
-
-
-def padded(tokens: int, tile: int) -> int:
-    """Tokens that a pass is filled up to, so that its products have few shapes."""
-    return tokens if tile == 1 else whole(tokens, PASS_TILES * tile)
 
 
 def whole(number: int, tile: int) -> int:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
-from emergency_kit.training.fused.attention import Keys, padded, plan_blocks, reach, tile_of, whole
+from emergency_kit.training.fused.attention import Keys, plan_blocks, reach, tile_of, whole
 from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
 from emergency_kit.training.fused.linears import Masks
@@ -142,7 +142,7 @@ class FusedStep:
         dropping = [one for one in self.linears if one.dropout and one.ranks]
         if not dropping:
             return None
-        longest = max(padded(part.tokens, self.tile) for part in [plan.shared, *plan.passes])
+        longest = max(whole(part.tokens, self.tile) for part in [plan.shared, *plan.passes])
         return Masks(longest, max(one.inputs for one in dropping), dropping[0].dropout, self.dtype, self.device)
 
     def _forward_shared(self, tokens: "_Tokens", masks: Masks | None, backward: bool) -> tuple[list[Saved], list[Keys]]:
@@ -232,7 +232,7 @@ class _Tokens:
 
     def __init__(self, step: FusedStep, part: Pass, neftune_alpha: float = 0.0):
         self.part, self.blocks = part, plan_blocks(part, step.tile)
-        more = (0, padded(part.tokens, step.tile) - part.tokens)
+        more = (0, whole(part.tokens, step.tile) - part.tokens)
         ids, positions = (torch.from_numpy(np.pad(values, more)).to(step.device)[None] for values in (part.ids, part.positions))
         self.x = step.body.embed_tokens(ids)[0].to(step.dtype)
         if neftune_alpha:
