@@ -112,7 +112,7 @@ bench-preference: setup ## DPO from the finished model, then both side by side o
 bench-training: setup ## Training speed and memory beside the original settings and TRL (an hour, 14 GB of memory; installs trl and matplotlib into .venv)
 	@$(PIP) --no-build-isolation -e '.[bench]'
 	@$(VENV)/bin/python benchmarks/training_speed.py --startup
-	@$(VENV)/bin/python benchmarks/training_speed.py
+	@$(VENV)/bin/python benchmarks/training_speed.py --curve outputs/bench/training_losses.svg
 	@$(VENV)/bin/python benchmarks/training_speed.py --rounds 24 --contenders original,trl-float32,kit --curve outputs/bench/training_curve.svg
 
 bench-plan: setup ## The plan's memory, time and disk beside five real short runs (a quarter of an hour on a quiet machine)
