@@ -20,7 +20,7 @@ __all__ = ["Answer", "Assistant", "build_data", "check_kit", "evaluate", "export
 # small operation waits for a thread to wake; much longer, and beside one other busy process on two cores generation
 # falls to a tenth (benchmarks/RESULTS.md).
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# How many 16-bit products of a CPU are kept compiled, by torch (a megabyte each with what surrounds them) and by oneDNN under it. Training has hundreds
+# How many 16-bit products of a CPU are kept compiled, by torch (most of a megabyte each, with what surrounds them) and by oneDNN under it. Training has hundreds
 # of shapes; with their own 1,024 of each its memory grew for eighty steps, and it was no faster (benchmarks/RESULTS.md).
 os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
