@@ -17,7 +17,7 @@ def cores() -> int:
 
 
 def resident_bytes(field: str = "VmRSS") -> int | None:
-    """Resident memory of this process, now (VmRSS) or at its highest (VmHWM)."""
+    """Resident memory of this process: now (VmRSS), at its highest (VmHWM), or of now what no file backs (RssAnon)."""
     return _field(Path("/proc/self/status"), field)
 
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from emergency_kit.config import ModelSection, Resolved, TrainingConfig
 from emergency_kit.errors import TrainingError
-from emergency_kit.model import process_memory
 from emergency_kit.model.backend import pick_device
 from emergency_kit.training import zero
 from emergency_kit.training.ranks import is_sharded, uses_deepspeed, world
@@ -48,7 +47,6 @@ def install_engine(loaded: "Loaded", training: TrainingConfig, pass_rows: int, r
         fused = FusedStep(causal_lm, pass_rows, training.prefix_sharing, bool(training.gradient_checkpointing), training.neftune_noise_alpha, row_tokens)
         if integers := goes_back_in_integers(training, causal_lm.device.type, str(fused.dtype).removeprefix("torch."), fused.four_bit):
             fused.go_back_in_integers()
-        process_memory.give_back()  # what the weights took before they were copied side by side
         loaded.notes.append(f"engine fused{', flash attention' if fused.flash else ', shared beginnings computed once' if fused.share else ''}"
                             f"{', gradients back through frozen weights in int8' if integers else ''}")
     if loaded.owns_loss:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from emergency_kit.data.tokenize import IGNORE
+from emergency_kit.model.process_memory import give_back
 from emergency_kit.training.fused.attention import Keys, plan_blocks, reach, tile_of, whole
 from emergency_kit.training.fused.elementwise import add_norm_gradient, inverse_norm
 from emergency_kit.training.fused.layer import Buffers, Layer, Rotation, Saved
@@ -59,6 +60,7 @@ class FusedStep:
         self.layers = [Layer(module, config, width) for module in body.layers]
         if causal_lm.device.type == "cpu":
             _unmap(causal_lm)
+            give_back()  # what the weights took before they were copied side by side
         self.dtype, self.device, self.scale = self.head.weight.dtype, self.head.weight.device, width ** -0.5
         self.flash, self.tile = self.layers[0].flash, tile_of(self.device.type == "cuda", self.dtype.itemsize)
         self.pass_rows, self.row_tokens, self.share = pass_rows, row_tokens, share and not self.flash
